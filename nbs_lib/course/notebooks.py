@@ -93,7 +93,7 @@ def for_site(nb: dict) -> dict:
     cells = []
     for cell in nb["cells"]:
         marks = directives(cell)
-        if marks.keys() & {"hide", "default_exp"}:
+        if "hide" in marks:
             continue
         if cell["cell_type"] == "code":
             cell["outputs"] = [] if "hide_output" in marks else [_shown(o) for o in cell["outputs"] if o.get("name") != "stderr"]

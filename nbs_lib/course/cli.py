@@ -1,0 +1,337 @@
+"""The command `nbs`. Exit codes: 0 well (for `fit`: it fits), 1 not (it does not fit, something is missing or failed), 2 bad input."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+GIB = 2**30
+
+
+class BadInput(Exception):
+    """Something the user gave that cannot be used; the message says what is accepted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as one sentence."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message}\n  `{self.prog} --help` lists what it takes.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def whole(text: str) -> int:
+    """A positive whole number, as option values are."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of 1 or more, not {text!r}")
+    return number
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(prog="nbs", description="Scaling, Measured: will it fit, and the course's labs, site and checks.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    fit = commands.add_parser("fit", help="will this training fit on that card, and if not, what is the cheapest change?",
+                              description="Predict the peak memory of a training step and compare it with a card. Exit code 0: it fits, 1: it does not, 2: bad input.")
+    fit.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json")
+    fit.add_argument("--gpu", default="h100-sxm", help="the card (default: %(default)s)")
+    fit.add_argument("--gpus", type=whole, default=1, metavar="N", help="how many of them (default: 1)")
+    fit.add_argument("--batch", type=whole, default=1, help="sequences per GPU and micro-batch (default: 1)")
+    fit.add_argument("--seq", type=whole, help="tokens per sequence (default: 2048, or the model's most if that is less)")
+    fit.add_argument("--precision", default="bf16", help="fp32, bf16, amp_bf16, amp_fp16 (default: %(default)s)")
+    fit.add_argument("--optimizer", default="adamw", help="adamw, adamw_fused, sgd, sgd_momentum, adamw_8bit (default: %(default)s)")
+    fit.add_argument("--attention", default="sdpa", help="sdpa or eager (default: %(default)s)")
+    fit.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    fit.add_argument("--accumulation", type=whole, default=1, metavar="N", help="micro-batches per step (default: 1)")
+    fit.add_argument("--strategy", help="single, ddp, full_shard, shard_grad_op, hybrid_shard, zero1, zero2, zero3 (default: single, with several GPUs full_shard)")
+    fit.add_argument("--shard-size", type=whole, metavar="N", help="hybrid_shard: GPUs per group")
+    fit.add_argument("--offload", action="store_true", help="sharded: parameters and optimizer in host memory")
+    fit.add_argument("--lora-rank", type=whole, metavar="R", help="train LoRA adapters of this rank")
+    fit.add_argument("--json", action="store_true", help="the answer as JSON")
+
+    build = commands.add_parser("build", help="build the site from stored outputs")
+    build.add_argument("--out", type=Path, help="where to (default: _site in the repository)")
+    build.add_argument("--watch", action="store_true", help="build again on every change")
+    renderer = build.add_mutually_exclusive_group()
+    renderer.add_argument("--quarto", dest="quarto", action="store_true", default=None, help="with Quarto, or not at all")
+    renderer.add_argument("--pandoc", dest="quarto", action="store_false", help="with Pandoc, even where Quarto is there")
+
+    serve = commands.add_parser("serve", help="serve the site on localhost")
+    serve.add_argument("--watch", action="store_true", help="build again and reload on every change")
+    serve.add_argument("--port", type=whole, default=8000)
+
+    lab = commands.add_parser("lab", help="open a lab: your own copy, in work/")
+    lab.add_argument("lab", nargs="?", help="its number or name; without one, JupyterLab opens on your folder")
+    lab.add_argument("--dir", type=Path, help="your folder (default: work/ in the repository, else ./work)")
+    lab.add_argument("--update", action="store_true", help="write a newer worksheet beside your copy")
+    lab.add_argument("--no-open", action="store_true", help="write the copy, do not start JupyterLab")
+    lab.add_argument("--port", type=whole, default=8888)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, what is missing, how to get it")
+    doctor.add_argument("--json", action="store_true")
+    commands.add_parser("kernel", help="register the course's kernel with this user's Jupyter")
+    course = commands.add_parser("course", help="all of it: build, serve the site and JupyterLab")
+    course.add_argument("--port", type=whole, default=8000)
+    course.add_argument("--lab-port", type=whole, default=8888)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    top = parser()
+    args = top.parse_args(argv)
+    if args.command is None:
+        top.print_help()
+        return 2
+    try:
+        return globals()[f"run_{args.command}"](args)
+    except (BadInput, ValueError) as e:
+        print(f"nbs {args.command}: {e}", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        print(f"nbs {args.command}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- fit ------------------------------------------------------------------------------------------------------------------------
+
+def run_fit(args) -> int:
+    from .. import hardware, memory, models
+    from .fit import smallest_world, ways_out
+
+    model, card = models.arch(args.model), hardware.gpu(args.gpu)
+    seq = args.seq or min(2048, model.max_positions)
+    settings = dict(batch=args.batch, seq=seq, precision=args.precision, optimizer=args.optimizer, checkpointing=args.checkpointing,
+                    attention=args.attention, accumulation=args.accumulation, strategy=args.strategy or ("full_shard" if args.gpus > 1 else "single"),
+                    world_size=args.gpus, shard_size=args.shard_size, offload=args.offload, lora_rank=args.lora_rank)
+    m = memory.train_memory(model, **settings, gpu=card)
+    room = memory.capacity(card)
+    fits = m.peak_any <= room
+    out = [] if fits else ways_out(model, card, room, settings)
+    world = None if fits else smallest_world(model, card, room, settings)
+    if args.json:
+        print(json.dumps({
+            "model": model.name, "parameters": model.parameters, "gpu": card.name, "settings": settings, "fits": fits, "capacity": room,
+            "peak": m.peak, "peak_any": m.peak_any, "reserved": m.reserved, "phases": dict(m.phases), "terms": dict(m.terms),
+            "ways_out": [{"options": " ".join(c.option for c in w.changes), "peak": w.peak, "price": [c.price for c in w.changes]} for w in out],
+            "smallest_full_shard": world}, indent=1))
+    else:
+        _print_fit(model, card, settings, m, room, fits, out, world)
+    return 0 if fits else 1
+
+
+def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=False)
+    s = settings
+    parts = [f"batch {s['batch']} × {s['seq']:,} tokens", s["precision"], s["optimizer"], s["attention"], "checkpointing" if s["checkpointing"] else "",
+             f"accumulation {s['accumulation']}" if s["accumulation"] > 1 else "", s["strategy"] + (f" over {s['world_size']} GPUs" if s["world_size"] > 1 else ""),
+             "offload" if s["offload"] else "", f"LoRA rank {s['lora_rank']}" if s["lora_rank"] else ""]
+    console.print(Text(f"{model.name} ({model.parameters:,} parameters) on {card.name}: {', '.join(filter(None, parts))}", style="bold"))
+    table = Table(box=None, pad_edge=False, show_footer=True, header_style="bold", footer_style="bold")
+    table.add_column(f"at the peak ({m.peak_phase})", f"peak of a steady step")
+    table.add_column("GiB", f"{m.peak / GIB:.2f}", justify="right")
+    table.add_column("share", "100%", justify="right")
+    for name, size in sorted(m.terms.items(), key=lambda t: -t[1]):
+        if size:
+            table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", f"{size / m.peak:.0%}")
+    console.print(table)
+    if m.peak_any > m.peak:
+        console.print(f"The first steps reach {m.peak_any / GIB:.2f} GiB. The allocator reserves about {m.reserved / GIB:.2f} GiB.")
+    else:
+        console.print(f"The allocator reserves about {m.reserved / GIB:.2f} GiB.")
+    verdict = f"{m.peak_any / GIB:.1f} of {room / GIB:.1f} GiB usable ({card.memory / GIB:.1f} GiB less the CUDA context)"
+    console.print(Text(f"{'Fits' if fits else 'Does not fit'}: {verdict}.", style="bold green" if fits else "bold red"))
+    if fits:
+        return
+    for i, way in enumerate(out):
+        console.print(Text(("Cheapest change: " if i == 0 else "             or: ") + " ".join(c.option for c in way.changes), style="bold") +
+                      Text(f"  → {way.peak / GIB:.1f} GiB", style="default"))
+        for change in way.changes:
+            console.print(f"                 {change.option}: {change.price}")
+    if not out:
+        console.print("No set of up to three changes on this card makes it fit.")
+    if world:
+        console.print(f"Or more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
+
+
+# --- site -----------------------------------------------------------------------------------------------------------------------
+
+def _repository(command: str) -> Path:
+    from .render import repository
+
+    root = repository()
+    if root is None:
+        raise RuntimeError(f"`nbs {command}` renders the course's notebooks and needs the repository (git clone, then `make site`); "
+                           "this is an installed package, which has `nbs fit`, `nbs lab` and `nbs doctor`")
+    return root
+
+
+def run_build(args) -> int:
+    from . import render
+
+    root = _repository("build")
+    try:
+        print(render.build(root, args.out, quarto=args.quarto))
+    except (render.NotebookError, render.BuildError) as e:
+        print(f"nbs build: {e}\n  The site was left as it was.", file=sys.stderr)
+        if not args.watch:
+            return 2 if isinstance(e, render.NotebookError) else 1
+    if args.watch:
+        print("Watching; Ctrl-C ends it.")
+        render.watch(root, print, args.out)
+    return 0
+
+
+def run_serve(args) -> int:
+    import threading
+
+    from . import render
+    from .serve import Site, tunnel
+
+    root = _repository("serve")
+    print(render.build(root))
+    site = Site(root / "_site", args.port, watching=args.watch)
+    print(f"Site: {site.address}   (Ctrl-C ends it)")
+    if line := tunnel(site.port):
+        print(f"From your own machine: {line}")
+    try:
+        if args.watch:
+            def rebuilt(result):
+                print(result)
+                site.built += 1
+            render.watch(root, rebuilt)
+        else:
+            threading.Event().wait()
+    finally:
+        site.stop()
+    return 0
+
+
+# --- labs -----------------------------------------------------------------------------------------------------------------------
+
+def _folder(args) -> Path:
+    from .render import repository
+
+    root = repository()
+    return Path(getattr(args, "dir", None) or os.environ.get("NBS_WORK") or (root / "work" if root else Path.cwd() / "work")).absolute()
+
+
+def run_lab(args) -> int:
+    from . import worksheets
+    from .serve import jupyterlab, tunnel
+
+    folder, path = _folder(args), None
+    if args.lab is not None:
+        slug = worksheets.find(args.lab)
+        copy = worksheets.own_copy(slug, folder, args.update)
+        path = copy.path
+        print(f"{'Written' if copy.written else 'Yours'}: {path}")
+        if args.update and not copy.written:
+            print("It is made from the newest worksheet; nothing was written.")
+        elif copy.newer:
+            print(f"There is a newer worksheet. `nbs lab {args.lab} --update` writes it beside yours.")
+    else:
+        for slug in worksheets.shipped():
+            worksheets.own_copy(slug, folder)
+    if args.no_open:
+        return 0
+    server = jupyterlab(folder, args.port)
+    try:
+        if not server.wait():
+            raise RuntimeError(f"JupyterLab did not start; its log is {server.log}")
+        print("JupyterLab: " + (f"{server.tree}{path.name}?token={server.token}" if path else server.address) + "   (Ctrl-C ends it)")
+        if line := tunnel(server.port):
+            print(f"From your own machine: {line}")
+        server.process.wait()
+    finally:
+        server.stop()
+    return 0
+
+
+def run_kernel(args) -> int:
+    import subprocess
+
+    run = subprocess.run([sys.executable, "-m", "ipykernel", "install", "--user", "--name", "scaling-measured", "--display-name", "Scaling, Measured"],
+                         capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"the kernel could not be registered: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else 'ipykernel is not installed'}")
+    print("Kernel `Scaling, Measured` is registered for this user. Reload JupyterLab's page and choose it under Kernel > Change Kernel.")
+    return 0
+
+
+def run_course(args) -> int:
+    import threading
+
+    from . import render, worksheets
+    from .serve import Site, answers, jupyterlab, tunnel
+
+    root = _repository("course")
+    print(render.build(root))
+    folder = _folder(args)
+    copies = [worksheets.own_copy(slug, folder) for slug in worksheets.shipped()]
+    server = jupyterlab(folder, args.lab_port)
+    site = None
+    try:
+        if not server.wait():
+            raise RuntimeError(f"JupyterLab did not start; its log is {server.log}")
+        site = Site(root / "_site", args.port, lab=server)
+        if not answers(f"http://127.0.0.1:{site.port}/nbs/index.html"):
+            raise RuntimeError(f"the site does not answer at {site.address}")
+        print(f"Site:       {site.address}\nJupyterLab: {server.address}\nYour labs:  {', '.join(c.path.name for c in copies)} in {folder}")
+        if line := tunnel(site.port, server.port):
+            print(f"From your own machine: {line}")
+        if sys.stdout.isatty() and sys.stdin.isatty():
+            print("Ctrl-C ends both.")
+            threading.Event().wait()
+        else:
+            print("\nNo terminal, so: both answer. A first prediction, `nbs fit llama-3-8b --gpu h100-sxm`:")
+            main(["fit", "llama-3-8b", "--gpu", "h100-sxm"])
+    except KeyboardInterrupt:
+        print("\nStopped.")
+    finally:
+        if site:
+            site.stop()
+        server.stop()
+    return 0
+
+
+def run_doctor(args) -> int:
+    from dataclasses import asdict
+
+    from .doctor import examine
+
+    findings = examine()
+    if args.json:
+        print(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("", "what", "found", "how to get it"):
+            table.add_column(column)
+        marks = {"ok": "[green]✓[/]", "missing": "[red]✗[/]", "note": "[yellow]·[/]"}
+        for f in findings:
+            table.add_row(marks[f.state], f.what, f.found.replace("[", r"\["), f.remedy.replace("[", r"\["))
+        Console(highlight=False).print(table)
+    return 1 if any(f.state == "missing" for f in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

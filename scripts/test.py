@@ -1,0 +1,76 @@
+"""All that CI runs, in order: what is generated is in step, every notebook runs, stored outputs are fresh, pytest. Ends with a table.
+
+No lesson may take more than 90 seconds in any of its notebooks; what takes longer belongs into a committed measurement.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(sys.executable).parent
+LIMIT = 90
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+       "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(command: list, quiet: bool = True) -> tuple[bool, str, float]:
+    """Whether it succeeded, what it printed, how many seconds it took."""
+    began = time.perf_counter()
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV, text=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None)
+    return done.returncode == 0, done.stdout or "", time.perf_counter() - began
+
+
+def notebook_job(job: tuple[str, Path]) -> tuple[str, Path, bool, str, float]:
+    kind, path = job
+    if kind == "nbdev_test":
+        command = [TOOLS / "nbdev_test", "--path", path, "--n_workers", "0"]
+    else:
+        command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-p", "no:xdist", path]
+    return kind, path, *run(command)
+
+
+def main() -> int:
+    passed = failed = 0
+    began = time.perf_counter()
+
+    def report(name: str, ok: bool, text: str, seconds: float) -> None:
+        nonlocal passed, failed
+        passed, failed = passed + ok, failed + (not ok)
+        print(f"{'ok    ' if ok else 'FAILED'} {name} ({seconds:.0f} s)", flush=True)
+        if not ok:
+            print(text[-6000:], flush=True)
+
+    report("generated code, worksheets and notebooks are in step", *run([sys.executable, "scripts/export.py", "--check"]))
+
+    chapters, labs, decks = (sorted(ROOT.glob(p)) for p in ("nbs/*.ipynb", "nbs/labs/*.ipynb", "slides/*.ipynb"))
+    jobs = [("nbdev_test", p.relative_to(ROOT)) for p in (*labs, *chapters)] + [("nbval", p.relative_to(ROOT)) for p in (*chapters, *decks)]
+    times: dict[str, dict[str, float]] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for kind, path, ok, text, seconds in pool.map(notebook_job, jobs):
+            report(f"{kind} {path}", ok, text, seconds)
+            times.setdefault(path.stem, {})[f"{kind} {path.parts[-2]}"] = seconds
+    report("the site is built", *run([sys.executable, "-m", "nbs_lib.course.cli", "build", "--out", "_site"]))
+
+    print("\npytest", flush=True)
+    ok, _, seconds = run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--site", "_site", "--durations", "8", "-q"], quiet=False)
+    report("pytest", ok, "see above", seconds)
+
+    columns = ["nbdev_test nbs", "nbdev_test labs", "nbval nbs", "nbval slides"]
+    print(f"\n{'seconds by lesson':<20}" + "".join(f"{c:>17}" for c in columns))
+    for lesson, row in sorted(times.items()):
+        print(f"{lesson:<20}" + "".join(f"{row[c]:>17.0f}" if c in row else f"{'':>17}" for c in columns))
+        slow = [c for c, s in row.items() if s > LIMIT]
+        if slow:
+            report(f"{lesson}: at most {LIMIT} s", False, f"too slow: {', '.join(slow)}", max(row.values()))
+    print(f"\n{time.perf_counter() - began:.0f} s in all\n{passed} passed, {failed} failed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
