@@ -108,18 +108,20 @@ def reachable(url: str) -> bool:
         return False
 
 
-def download_size(urls: list[str]) -> int:
-    def one(url: str) -> int:
+def download_size(urls: list[str]) -> str:
+    """The size of all `urls` in words; "at least" where a server did not say."""
+    def one(url: str) -> int | None:
         if url.startswith("file:"):
             return 0
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20) as answer:
-                return int(answer.headers.get("Content-Length") or 0)
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
+                return int(answer.headers["Content-Length"])
         except Exception:
-            return 0
+            return None
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return sum(pool.map(one, urls))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(one, urls))
+    return ("at least " if None in sizes else "") + f"{sum(filter(None, sizes)) / 1e9:.1f} GB"
 
 
 def torch_arguments(pin: str) -> list[str]:
@@ -141,9 +143,10 @@ def torch_arguments(pin: str) -> list[str]:
         return [pin, "--index-url", index]
     size = download_size(urls)
     why = "this machine has a GPU" if has_gpu else "the package index offers no CPU build for it"
-    say(f"torch: {pin} with CUDA is a download of {size / 1e9:.1f} GB ({why}).")
+    say(f"torch: {pin} with CUDA is a download of {size} ({why}).")
     if sys.stdin.isatty() and os.environ.get("NBS_YES") != "1":
         if input("Download it? [y/N] ").strip().lower() not in ("y", "yes"):
+            shutil.rmtree(VENV, ignore_errors=True)
             give_up("Nothing was downloaded.", "install torch 2.11 to 2.13 in this Python as you like it, and run the command again: it is kept.")
     return [pin]
 

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_fit(args) -> int:
     from .. import hardware, memory, models
-    from .fit import smallest_world, ways_out
+    from .fit import capacity, smallest_world, ways_out
 
     model, card = models.arch(args.model), hardware.gpu(args.gpu)
     seq = args.seq or min(2048, model.max_positions)
@@ -117,7 +117,7 @@ def run_fit(args) -> int:
                     attention=args.attention, accumulation=args.accumulation, strategy=args.strategy or ("full_shard" if args.gpus > 1 else "single"),
                     world_size=args.gpus, shard_size=args.shard_size, offload=args.offload, lora_rank=args.lora_rank)
     m = memory.train_memory(model, **settings, gpu=card)
-    room = memory.capacity(card)
+    room = capacity(card)
     fits = m.peak_any <= room
     out = [] if fits else ways_out(model, card, room, settings)
     world = None if fits else smallest_world(model, card, room, settings)

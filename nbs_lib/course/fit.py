@@ -4,11 +4,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from ..hardware import GPU, gpu as find_gpu
+from ..hardware import GPU
 from ..memory import train_memory
 
 #: What a change costs, from free to dear; used to order the ways out. Each is a rank, not a measurement: within one, fewer changes first.
 FREE, SLOWER, SMALLER, DIFFERENT = range(4)
+CONTEXT = 1024 * 2**20
+
+
+def capacity(card: GPU) -> int:
+    """Bytes that a training process can allocate on `card`: what the driver reports less what the CUDA context takes.
+
+    The context (kernels, stacks, the driver's own) was measured on an H100: see CONTEXT.
+    """
+    return card.memory - CONTEXT
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,3 @@ def smallest_world(model, card: GPU, room: int, settings: dict) -> int | None:
             except ValueError:
                 return None
     return None
-
-
-__all__ = ["Change", "WayOut", "changes", "ways_out", "smallest_world", "find_gpu"]

@@ -214,7 +214,7 @@ def _output(output: dict, name: str) -> str:
         return _div("cell-output-stdout", _fence("".join(output["text"]).rstrip("\n"), "{.text}"))
     data = {mime: "".join(text) if isinstance(text, list) else text for mime, text in output["data"].items()}
     if "text/markdown" in data:
-        return _div("cell-output-display", data["text/markdown"])
+        return _div("cell-output-display", PAGE_LINK.sub(r"](\1.html\2)", data["text/markdown"]))
     return _div("cell-output-display", _fence(data.get("text/plain", ""), "{.text}"))
 
 

@@ -1,0 +1,177 @@
+"""The command `nbs` as people and scripts use it: real processes, exit codes, sentences instead of tracebacks."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from nbs_lib.course.cli import main
+
+NBS = Path(sys.executable).with_name("nbs")
+
+
+def nbs(*args, cwd=None, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([str(NBS), *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, env={**os.environ, **env}, timeout=120)
+
+
+def test_fit_fits_and_adds_up():
+    run = nbs("fit", "llama-3.2-1b", "--gpu", "h100-sxm", "--batch", 1, "--seq", 2048, "--json")
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["fits"] and sum(answer["terms"].values()) == answer["peak"] <= answer["peak_any"] <= answer["capacity"]
+    assert max(answer["phases"].values()) == answer["peak"]
+
+
+def test_fit_that_does_not_fit_names_changes_that_do():
+    settings = ["llama-3-8b", "--gpu", "a100-80gb-sxm", "--batch", "4", "--seq", "2048", "--precision", "amp_bf16"]
+    run = nbs("fit", *settings, "--json")
+    assert run.returncode == 1
+    answer = json.loads(run.stdout)
+    assert not answer["fits"] and answer["ways_out"]
+    for way in answer["ways_out"]:
+        options = way["options"].split()
+        kept = [s for i, s in enumerate(settings) if s not in options and (i == 0 or settings[i - 1] not in options or not settings[i - 1].startswith("--"))]
+        again = nbs("fit", *kept, *options, "--json")
+        assert again.returncode == 0, (way, again.stdout)
+        assert json.loads(again.stdout)["peak_any"] == way["peak"]
+
+
+def test_fit_prints_a_breakdown_whose_rows_are_its_total():
+    run = nbs("fit", "gpt2", "--gpu", "rtx-4090", "--batch", 8, "--seq", 1024, "--precision", "fp32", COLUMNS="100")
+    assert run.returncode == 0
+    rows = [float(m[1]) for m in re.finditer(r"^[a-z].*?\s(\d+\.\d\d)\s+\d+%$", run.stdout, re.M)]
+    total = float(re.search(r"peak of a steady step\s+(\d+\.\d\d)", run.stdout)[1])
+    assert sum(r for r in rows if r != total) == pytest.approx(total, abs=0.06)
+
+
+BAD = [
+    (["fit", "lama-3-8b"], "llama-3-8b"),
+    (["fit", "gpt2", "--gpu", "h1000"], "h100"),
+    (["fit", "gpt2", "--precision", "fp31"], "fp32"),
+    (["fit", "gpt2", "--strategy", "zero4"], "zero3"),
+    (["fit", "gpt2", "--optimizer", "adam"], "adamw"),
+    (["fit", "gpt2", "--batch", "0"], "--batch"),
+    (["fit", "gpt2", "--batch", "-3"], "--batch"),
+    (["fit", "gpt2", "--batch", "1.5"], "--batch"),
+    (["fit", "gpt2", "--seq", "many"], "--seq"),
+    (["fit", "gpt2", "--seq", "2048"], "1024"),
+    (["fit", "gpt2", "--batch", "9" * 30], "batch"),
+    (["fit", "gpt2", "--gpus", "4", "--strategy", "single"], "world_size"),
+    (["fit", "gpt2", "--offload"], "offload"),
+    (["fit", "gpt2", "--gpus", "2", "--precision", "amp_fp16"], "amp_fp16"),
+    (["fit", "bert-base-cased", "--lora-rank", "8"], "lora_rank"),
+    (["fit"], "model"),
+    (["fitt"], "fit"),
+    (["lab", "77", "--no-open"], "77"),
+]
+
+
+@pytest.mark.parametrize("args,word", BAD, ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_bad_input_is_a_sentence_and_exit_code_2(args, word):
+    run = nbs(*args)
+    assert run.returncode == 2, run.stdout
+    assert word in run.stderr and "Traceback" not in run.stderr and not run.stdout
+    assert len(run.stderr.strip().splitlines()) <= 4
+
+
+@pytest.mark.parametrize("text,word", [
+    ("{ not json", "JSON"), ("[1, 2]", "object"), ('{"model_type": "t5"}', "t5"), ('{"model_type": "llama"}', "hidden_size"),
+    ('{"model_type": "gpt2", "n_embd": -4, "n_layer": 2, "n_head": 2, "vocab_size": 10}', "n_embd"),
+], ids=["broken", "list", "t5", "empty", "negative"])
+def test_bad_config_json_is_named_with_its_fault(tmp_path, text, word):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    run = nbs("fit", path)
+    assert run.returncode == 2 and "config.json" in run.stderr and word.lower() in run.stderr.lower() and "Traceback" not in run.stderr
+
+
+def test_fit_with_ones_own_config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, intermediate_size=8192, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=True, head_dim=64)))
+    mine, known = (json.loads(nbs("fit", m, "--json").stdout) for m in (tmp_path / "config.json", "llama-3.2-1b"))
+    assert mine["parameters"] == known["parameters"] and mine["peak"] == known["peak"]
+
+
+def test_importing_the_arithmetic_loads_no_torch_and_no_rich():
+    code = "import sys, nbs_lib.hardware, nbs_lib.models, nbs_lib.memory; print([m for m in ('torch', 'numpy', 'rich', 'jax', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_doctor_finds_this_machine_fit_for_the_labs():
+    run = nbs("doctor", "--json")
+    findings = {f["what"].split(" (")[0]: f for f in json.loads(run.stdout)}
+    assert findings["torch"]["state"] == "ok" and findings["Rendering"]["state"] == "ok"
+    assert run.returncode == (1 if any(f["state"] == "missing" for f in findings.values()) else 0)
+    assert all(f["remedy"] for f in findings.values() if f["state"] == "missing")
+
+
+def test_lab_writes_ones_own_copy_and_says_where(tmp_path):
+    run = nbs("lab", 3, "--dir", tmp_path / "mine", "--no-open")
+    assert run.returncode == 0 and (tmp_path / "mine" / "03_memory.ipynb").is_file()
+    assert "Yours" in nbs("lab", "memory", "--dir", tmp_path / "mine", "--no-open").stdout
+
+
+def test_installed_wheel_has_labs_but_no_site(tmp_path):
+    """From a wheel in an environment of its own, in a folder far from the repository: no torch comes along."""
+    wheels, venv = tmp_path / "wheels", tmp_path / "venv"
+    copy = tmp_path / "source"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "_site*", "work", "build", "*.egg-info", "__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, copy], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run([venv / "bin" / "pip", "install", "-q", *wheels.glob("*.whl")], check=True, capture_output=True)
+    listed = subprocess.run([venv / "bin" / "pip", "list", "--format=freeze"], capture_output=True, text=True).stdout.lower()
+    assert "nbs_lib" in listed.replace("-", "_") and "torch" not in listed and "jupyter" not in listed
+    run = lambda *args: subprocess.run([venv / "bin" / "nbs", *args], capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})  # noqa: E731
+    assert run("fit", "gpt2").returncode == 0
+    assert run("lab", "3", "--no-open").returncode == 0 and (tmp_path / "work" / "03_memory.ipynb").is_file()
+    build = run("build")
+    assert build.returncode == 1 and "repository" in build.stderr and "Traceback" not in build.stderr
+    opened = run("lab", "3")
+    assert opened.returncode == 1 and "pip install" in opened.stderr and "Traceback" not in opened.stderr
+
+
+def test_course_without_a_terminal_checks_itself_and_stops(tmp_path):
+    run = nbs("course", "--port", 18000, "--lab-port", 18900, NBS_WORK=str(tmp_path / "work"))
+    assert run.returncode == 0, run.stderr
+    assert "Site:" in run.stdout and "JupyterLab:" in run.stdout and "Fits" in run.stdout
+    assert (tmp_path / "work" / "03_memory.ipynb").is_file()
+    for port in (18000, 18900):
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=3)
+
+
+def test_serve_puts_the_running_jupyterlab_in_the_pages(site):
+    from nbs_lib.course.serve import JupyterLab, Site
+
+    server = Site(site, 18200, lab=JupyterLab(None, 19999, "secret", None), watching=True)
+    try:
+        page = urllib.request.urlopen(f"{server.address}nbs/labs/03_memory.html").read().decode()
+        assert "http://localhost:19999/lab/tree/03_memory.ipynb?token=secret" in page and "/.built" in page
+        assert urllib.request.urlopen(f"{server.address}.built").read() == b"1"
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"{server.address}../../etc/passwd")
+    finally:
+        server.stop()
+
+
+def test_interrupting_serve_ends_it_at_once():
+    process = subprocess.Popen([str(NBS), "serve", "--port", "18300"], stdout=subprocess.PIPE, text=True)
+    while "Site:" not in (line := process.stdout.readline()):
+        assert process.poll() is None, line
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+
+
+def test_main_without_a_command_prints_help(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
