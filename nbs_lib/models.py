@@ -522,13 +522,21 @@ def _heads(c: _Config, m: str, h: int) -> dict[str, int]:
     return dict(heads=n, kv_heads=kv, head_dim=d)
 
 # %% ../nbs/02_models.ipynb #models-042
-def _window(c: _Config, m: str, L: int) -> dict[str, Any]:
-    """The sliding window in tokens and the number of layers that use it."""
-    off = m == "llama" or m in ("qwen2", "qwen3") and not c.flag("use_sliding_window", False)
-    w = None if off or "sliding_window" in c.values and c.values["sliding_window"] is None else c.integer(
-        "sliding_window", high=_LIMITS["positions"], default=_DEFAULTS[m]["window"] or 0) or None
+_QWEN = ("qwen2", "qwen3")        # their window may begin at a layer, and is off unless use_sliding_window
+
+
+def _window(c: _Config, m: str) -> int | None:
+    """The sliding window in tokens, or None."""
+    if m == "llama" or m in _QWEN and not c.flag("use_sliding_window", False): return None
+    if "sliding_window" not in c.values: return _DEFAULTS[m]["window"]
+    return c.integer("sliding_window", high=_LIMITS["positions"], null=True, default=0) or None
+
+
+def _sliding(c: _Config, m: str, L: int) -> dict[str, Any]:
+    """The sliding window and how many layers use it: all, Qwen's last ones, or those in layer_types."""
+    w = _window(c, m)
     sliding = L if w else 0
-    if w and m in ("qwen2", "qwen3"):       # these slide from max_window_layers on
+    if w and m in _QWEN:
         first = c.values.get("max_window_layers", 28)
         if type(first) is not int or first < 0:
             raise c.error("max_window_layers", first, "; accepted is a whole number from 0.")
@@ -539,7 +547,7 @@ def _window(c: _Config, m: str, L: int) -> dict[str, Any]:
         if not isinstance(types, (list, tuple)) or len(types) != L or any(t not in names for t in types):
             raise c.error("layer_types", types, f"; accepted is a list of {L}, each of {', '.join(names)}.")
         asked = sum(t == "sliding_attention" for t in types)
-        if m not in ("qwen2", "qwen3") and asked != sliding:
+        if m not in _QWEN and asked != sliding:
             raise c.error("layer_types", types, f"; accepted with this window are {sliding} sliding layers.")
         sliding = asked
     return dict(sliding_window=w if sliding else None, sliding_layers=sliding)
@@ -565,7 +573,7 @@ def _read_llama(c: _Config, m: str) -> dict[str, Any]:
         max_positions=c.integer("max_position_embeddings", high=_LIMITS["positions"],
                                 default=_DEFAULTS[m]["positions"]),
         tied=c.flag("tie_word_embeddings", False), qkv_bias=bias or m == "qwen2", out_bias=bias,
-        mlp_bias=c.flag("mlp_bias", False) and m == "llama", qk_norm=m == "qwen3", **_window(c, m, L),
+        mlp_bias=c.flag("mlp_bias", False) and m == "llama", qk_norm=m == "qwen3", **_sliding(c, m, L),
         activation=_activation(c, "hidden_act", "silu"), rope_theta=theta, rope_type=kind,
         attention_dropout=c.fraction("attention_dropout", 0.0), **(_experts(c) if m == "mixtral" else {}))
 

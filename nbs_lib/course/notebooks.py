@@ -13,7 +13,7 @@ import json
 import re
 import sys
 
-DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 #: Options that the renderers obey, and that therefore stay in the cell; every other directive is obeyed or dropped here.
 KEPT = {"code-fold", "echo", "output"}
 CALLOUT = re.compile(r"^(:{3,})\s*\{\s*\.callout-(note|tip|warning|important|caution)(?:\s+title=\"([^\"]*)\")?\s*\}\s*$")
@@ -35,7 +35,7 @@ def text_of(cell: dict) -> str:
 
 
 def directives(cell: dict) -> dict[str, str]:
-    """The `#| name: value` lines at the top of a code cell."""
+    """The `#| name`, `#| name value` and `#| name: value` lines at the top of a code cell."""
     found = {}
     if cell["cell_type"] == "code":
         for line in text_of(cell).splitlines():
@@ -144,7 +144,6 @@ def worksheet(nb: dict) -> tuple[dict, dict[str, str]]:
         marks = directives(cell)
         if marks.keys() & {"hide", "default_exp", "export", "exporti", "exports"}:
             continue
-        cell.pop("id", None) if cell["cell_type"] == "raw" else None
         if cell["cell_type"] == "code":
             source = body(cell)
             stripped = strip_solution(source)

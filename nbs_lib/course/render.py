@@ -59,7 +59,13 @@ def configuration(root: Path) -> dict:
 
 
 def sources(root: Path, config: dict) -> list[Path]:
-    """The notebooks that make the site, in the order of `_quarto.yml`, relative to `root`."""
+    """The notebooks that make the site, in the order of `_quarto.yml`, relative to `root`.
+
+    Raises BuildError when one that `_quarto.yml` names is not there.
+    """
+    for name in config["project"]["render"]:
+        if not set("*?[") & set(name) and not (root / name).is_file():
+            raise BuildError(f"{root / name}: _quarto.yml names this notebook, and it is not there")
     return [path.relative_to(root) for pattern in config["project"]["render"] for path in sorted(root.glob(pattern))]
 
 
