@@ -465,31 +465,40 @@ def highest(moments: list[tuple[int, ...]]) -> list[Moment]:
         if not any(all(x <= y for x, y in zip(total, u)) for u, _ in best): best.append((total, v))
     return best
 
-
+# %% ../nbs/03b_blocks.ipynb #blocks-024
 class Step:
     """One forward and backward pass of a model with L blocks: its candidates for the highest moment.
 
-    forward, backward: candidates of each phase. after_forward: what is alive when the loss is there (autocast left);
-    after_backward: likewise at the end. block: what one block keeps for backward.
+    forward, backward: candidates of each phase. places: the same by where they are, as (blocks whose gradients are done, moments).
+    after_forward: what is alive when the loss is there (autocast left); after_backward: likewise at the end.
+    held, kept: what one block holds in forward, and until its backward.
     """
 
     def __init__(self, m: Model, L: int):
-        marks, extra = m.t.marks, 3 - L
-        held = _minus(marks["f2"], marks["f1"])                                        # by a block, in forward
-        self.block = kept = _minus(held, _minus(marks["casts of 1"], marks["no casts of 1"]))    # until its backward
-        done = _minus(kept, _minus(marks["b1"], marks["b0"]))                          # after it: its gradients
-        shifts = {"f1": [held], "f2": [held], "fH": [held], "bH": [kept], "b2": [kept], "b1": [kept, done],
-                  "b0": [done], "bE": [done]}
-        moments = {"f": [], "b": []}
+        marks, self.extra = m.t.marks, 3 - L
+        self.held = _minus(marks["f2"], marks["f1"])
+        self.kept = _minus(self.held, _minus(marks["casts of 1"], marks["no casts of 1"]))
+        self.done = _minus(self.kept, _minus(marks["b1"], marks["b0"]))           # after its backward: its gradients
+        shifts = {"fE": ((None, 0),), "f0": ((None, 0),), "f1": ((self.held, 0),), "f2": ((self.held, 0),),
+                  "fH": ((self.held, 0),), "bH": ((self.kept, 0),), "b2": ((self.kept, 0),),
+                  "b1": ((self.kept, 1), (self.done, L - 2)), "b0": ((self.done, L - 1),), "bE": ((self.done, L),)}
+        self.places: dict[str, list[tuple[int, list[Moment]]]] = {}
         for place, summits in m.t.summits.items():
-            if L < 3 and place[1] == "1": continue                                     # no block in the middle
-            for by in shifts.get(place, [()]):
-                moments[place[0]] += [_minus(v, by, extra) if by else v for v in set(summits)]
-        self.forward, self.backward = highest(moments["f"]), highest(moments["b"])
-        self.after_forward = _totalled(_minus(marks["loss"], kept, extra))
-        self.after_backward = _totalled(_minus(marks["end"], done, extra))
+            if L < 3 and place[1] == "1": continue                                # no block in the middle
+            self.places[place] = [(n, highest([self.shifted(v, by) for v in set(summits)])) for by, n in shifts[place]]
+        self.forward, self.backward = self.phase("f"), self.phase("b")
+        self.after_forward = _totalled(self.shifted(marks["loss"], self.kept))
+        self.after_backward = _totalled(self.shifted(marks["end"], self.done))
 
-# %% ../nbs/03b_blocks.ipynb #blocks-024
+    def shifted(self, v: tuple[int, ...], by: tuple[int, ...] | None) -> tuple[int, ...]:
+        """A moment of three blocks as one of L."""
+        return _minus(v, by, self.extra) if by else v
+
+    def phase(self, letter: str) -> list[Moment]:
+        """The candidates of all places of a phase."""
+        return highest([v for place, lists in self.places.items() if place[0] == letter for _, ms in lists for _, v in ms])
+
+# %% ../nbs/03b_blocks.ipynb #blocks-025
 def largest(moments: list[Moment], T: int, s: int) -> tuple[int, tuple[int, ...]]:
     """The highest of these moments for T tokens in sequences of s: its bytes, and its coefficients by category."""
     S, Q, most, which = T*s, s*s, -1, ()

@@ -155,19 +155,21 @@ def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
         console.print(f"The first steps reach {m.peak_any / GIB:.2f} GiB. The allocator reserves about {m.reserved / GIB:.2f} GiB.")
     else:
         console.print(f"The allocator reserves about {m.reserved / GIB:.2f} GiB.")
-    verdict = f"{m.peak_any / GIB:.1f} of {room / GIB:.1f} GiB usable ({card.memory / GIB:.1f} GiB less the CUDA context)"
+    verdict = f"{m.peak_any / GIB:.1f} of {room / GIB:.1f} GiB usable (the driver reports {card.memory / GIB:.1f}; CUDA and its context keep the rest)"
     console.print(Text(f"{'Fits' if fits else 'Does not fit'}: {verdict}.", style="bold green" if fits else "bold red"))
     if fits:
         return
     for i, way in enumerate(out):
-        console.print(Text(("Cheapest change: " if i == 0 else "             or: ") + " ".join(c.option for c in way.changes), style="bold") +
-                      Text(f"  → {way.peak / GIB:.1f} GiB", style="default"))
+        console.print()
+        console.print(Text(("Cheapest change: " if i == 0 else "Or: ") + " ".join(c.option for c in way.changes), style="bold"), Text(f"→ {way.peak / GIB:.1f} GiB"))
+        reasons = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
         for change in way.changes:
-            console.print(f"                 {change.option}: {change.price}")
+            reasons.add_row("", change.option, change.price)
+        console.print(reasons)
     if not out:
-        console.print("No set of up to three changes on this card makes it fit.")
+        console.print("\nNo set of up to three changes on this card makes it fit.")
     if world:
-        console.print(f"Or more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
+        console.print(f"\nOr more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
 
 
 # --- site -----------------------------------------------------------------------------------------------------------------------

@@ -4,20 +4,25 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from ..hardware import GPU
+from ..hardware import GPU, gpus
 from ..memory import train_memory
 
-#: What a change costs, from free to dear; used to order the ways out. Each is a rank, not a measurement: within one, fewer changes first.
-FREE, SLOWER, SMALLER, DIFFERENT = range(4)
-CONTEXT = 1024 * 2**20
+#: What a change costs, from free to dear, by what it changes: nothing; the size of the pieces; the arithmetic done twice or sent over
+#: the wire; the numbers; what is trained; the speed, many times over. Ranks, not measurements.
+FREE, PIECES, RECOMPUTE, NUMBERS, DIFFERENT, SLOW = range(6)
+#: The CUDA context with the libraries that a training step loads: 767 to 787 MiB in 39 runs on an H100 (mem_get_info less what the
+#: allocator had reserved; driver 580.159.04, torch 2.11, 2026-11-21).
+CONTEXT = 787 * 2**20
 
 
 def capacity(card: GPU) -> int:
-    """Bytes that a training process can allocate on `card`: what the driver reports less what the CUDA context takes.
+    """Bytes that a training process can allocate on `card`: what CUDA offers a process, less what its own context takes.
 
-    The context (kernels, stacks, the driver's own) was measured on an H100: see CONTEXT.
+    What CUDA offers is `card.usable` where it is known, else the driver's total times the smallest share seen on the cards for which
+    both are known.
     """
-    return card.memory - CONTEXT
+    share = min(g.usable / g.memory for g in gpus() if g.usable)
+    return (card.usable or int(card.memory * share)) - CONTEXT
 
 
 @dataclass(frozen=True)
@@ -40,45 +45,50 @@ class WayOut:
 
 def changes(settings: dict) -> list[Change]:
     """The changes that these settings leave open, each valid by itself or together with others."""
-    out = []
-    add = lambda option, cost, price, **new: out.append(Change(option, tuple(new.items()), cost, price))  # noqa: E731
-    world = settings["world_size"]
+    out, world, batch, strategy = [], settings["world_size"], settings["batch"], settings["strategy"]
+
+    def add(option, cost, price, **new):
+        new = {name: value for name, value in new.items() if settings[name] != value}
+        flags = [option] if option else []
+        flags += [f"--{name} {new[name]}" for name in ("precision", "strategy") if name in new]
+        out.append(Change(" ".join(flags), tuple(new.items()), cost, price))
+
     if settings["attention"] == "eager":
-        add("--attention sdpa", FREE, "nothing: the same result without the s×s scores in memory", attention="sdpa")
+        add("--attention sdpa", FREE, "the same result, without s×s scores in memory", attention="sdpa")
     if settings["optimizer"] == "adamw":
-        add("--optimizer adamw_fused", FREE, "nothing: the same update in one kernel, without temporaries", optimizer="adamw_fused")
-    if world > 1 and settings["strategy"] == "ddp":
-        add("--strategy full_shard", SLOWER, "half as many bytes again on the wire", strategy="full_shard")
-        add("--strategy shard_grad_op", SLOWER, "the parameters are gathered once a step", strategy="shard_grad_op")
-    if not settings["checkpointing"]:
-        add("--checkpointing", SLOWER, "one more forward pass, about a third of the step", checkpointing=True)
+        add("--optimizer adamw_fused", FREE, "the same update in one kernel, without temporaries", optimizer="adamw_fused")
     if settings["precision"] == "fp32":
-        add("--precision amp_bf16", FREE, "bf16 products, fp32 weights: faster, and seldom worse", precision="amp_bf16")
-    batch = settings["batch"]
+        add("", PIECES, "products in bf16, weights in fp32: faster, and seldom worse", precision="amp_bf16")
     for smaller in (b for b in (batch // 2, batch // 4, batch // 8, 1) if 0 < b < batch and batch % b == 0):
         parts = settings["accumulation"] * batch // smaller
-        add(f"--batch {smaller} --accumulation {parts}", SMALLER, "the same global batch in smaller pieces", batch=smaller, accumulation=parts)
+        add(f"--batch {smaller} --accumulation {parts}", PIECES, "the same global batch in smaller pieces", batch=smaller, accumulation=parts)
+    if not settings["checkpointing"]:
+        add("--checkpointing", RECOMPUTE, "one more forward pass, about a third of the step", checkpointing=True)
+    if world > 1 and strategy in ("ddp", "zero1", "zero2"):
+        add("", RECOMPUTE, "parameters gathered once more in every step", strategy="shard_grad_op")
+        add("", RECOMPUTE, "parameters gathered twice in every step", strategy="full_shard")
+    if world > 1 and strategy == "shard_grad_op":
+        add("", RECOMPUTE, "parameters gathered again in the backward pass", strategy="full_shard")
     if settings["optimizer"] in ("adamw", "adamw_fused"):
-        add("--optimizer adamw_8bit", DIFFERENT, "moments in 8 bits (bitsandbytes): evaluate", optimizer="adamw_8bit")
-    if world > 1 and settings["strategy"] in ("full_shard", "shard_grad_op", "hybrid_shard", "ddp") and not settings["offload"]:
-        strategy = settings["strategy"] if settings["strategy"] != "ddp" else "full_shard"
-        add(f"--strategy {strategy} --offload" if settings["strategy"] == "ddp" else "--offload", DIFFERENT, "parameters and optimizer in host memory: many times slower", strategy=strategy, offload=True)
+        add("--optimizer adamw_8bit", NUMBERS, "moments in 8 bits (bitsandbytes): evaluate", optimizer="adamw_8bit")
     if settings["precision"] in ("fp32", "amp_bf16", "amp_fp16"):
-        add("--precision bf16", DIFFERENT, "bf16 weights lose small updates", precision="bf16")
+        add("", NUMBERS, "weights in bf16, which lose small updates: evaluate", precision="bf16")
     if settings["lora_rank"] is None:
-        add("--lora-rank 16 --precision bf16", DIFFERENT, "trains adapters, not the model", lora_rank=16, precision="bf16",
-            strategy="ddp" if world > 1 else "single")
+        add("--lora-rank 16", DIFFERENT, "trains adapters, not the model", lora_rank=16, precision="bf16", strategy="ddp" if world > 1 else "single")
+    if world > 1 and not settings["offload"]:
+        sharded = strategy if strategy in ("full_shard", "shard_grad_op", "hybrid_shard") else "full_shard"
+        add("--offload", SLOW, "parameters and optimizer in host memory: many times slower", offload=True, strategy=sharded)
     return out
 
 
 def ways_out(model, card: GPU, room: int, settings: dict, most: int = 3) -> list[WayOut]:
-    """The cheapest sets of up to three changes that bring the peak under `room` bytes, dearest change first compared.
+    """The cheapest sets of up to three changes that bring the peak to at most `room` bytes.
 
     No set contains another that is enough by itself.
     """
     open_changes, found = changes(settings), []
     sets = [s for n in (1, 2, 3) for s in itertools.combinations(open_changes, n) if _compatible(s)]
-    sets.sort(key=lambda s: (max(c.cost for c in s), len(s), sum(c.cost for c in s)))
+    sets.sort(key=lambda s: (max(c.cost for c in s), len(s), sum(c.cost for c in s)))  # the dearest change decides
     for candidate in sets:
         if any(set(w.changes) <= set(candidate) for w in found):
             continue

@@ -326,11 +326,10 @@ lab.exercise(5, "the peak with checkpointing", unit="bytes",
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-042
 def stored_row() -> dict:
     """The stored H100 measurement of Llama-3-8B, bf16, AdamW, batch 1 × 2,048 tokens, with its provenance."""
-    from nbs_lib.memory import measured_rows
+    from nbs_lib.course.measurements import rows
 
     wanted = dict(model="llama-3-8b", batch=1, seq=2048, precision="bf16", optimizer="adamw", checkpointing=False, attention="sdpa")
-    rows = [r for r in measured_rows() if all(r["settings"].get(k) == v for k, v in wanted.items())]
-    return rows[0]
+    return next(r for r in rows() if all(r["settings"].get(k) == v for k, v in wanted.items()))
 
 
 def _eight(**changed) -> float:
