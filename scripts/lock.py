@@ -28,7 +28,7 @@ def main() -> None:
     if run.returncode:
         sys.exit(run.stderr)
     pins = [line for line in run.stdout.splitlines() if not re.match(r"(nvidia-|cuda-|triton)", line)]
-    pins = [p for p in pins if "win32" not in p]
+    pins = [p for p in pins if "sys_platform == 'win32'" not in p and "os_name == 'nt'" not in p]
     head = "# Pins of everything that the environment and CI install, for Python 3.11 to 3.13. Made by `make lock`; do not edit.\n"
     (ROOT / "requirements.lock").write_text(head + "\n".join(pins) + "\n")
     print(f"requirements.lock: {len(pins)} packages")
