@@ -11,7 +11,7 @@ from .tape import (CATEGORIES, LOGITS, Ghost, Node, Ops, Parameter, Poly, Tape, 
 
 # %% auto #0
 __all__ = ['Moment', 'Linear', 'Weights', 'Parts', 'Pieces', 'Positions', 'Kernels', 'Attention', 'Experts', 'Llama', 'GPT2',
-           'Bert', 'Embeddings', 'Model', 'highest', 'Step', 'largest', 'by_category', 'step']
+           'Bert', 'Embeddings', 'Bases', 'Model', 'highest', 'Step', 'largest', 'by_category', 'step']
 
 # %% ../nbs/03b_blocks.ipynb #blocks-005
 class Linear:
@@ -26,12 +26,13 @@ class Linear:
 
 
 class Weights:
-    """The parameters of three blocks, and of what is outside them as it is needed."""
+    """The parameters of the blocks (three stand for all), and of what is outside them as it is needed."""
 
-    def __init__(self, a: Arch, weight: int, products: int, lora_rank: int | None, trained: bool):
+    def __init__(self, a: Arch, weight: int, products: int, lora_rank: int | None, trained: bool,
+                 blocks: int):
         self.a, self.w, self.c, self.lora_rank, self.trained = a, weight, products, lora_rank, trained
         self.made: list[Parameter] = []              # parameters outlive the step, and so do their gradients
-        self.blocks = [self.block() for _ in range(3)]
+        self.blocks = [self.block() for _ in range(blocks)]
 
     def parameter(self, n: int) -> Parameter:
         self.made.append(Parameter(n, self.w, self.trained and not self.lora_rank))
@@ -57,7 +58,8 @@ class Parts(Weights):
         a = self.a
         h, f, q, k = a.hidden, a.ffn, a.heads*a.head_dim, a.kv_heads*a.head_dim
         p = dict(norm1=self.parameter(h), q=Linear(self, h, q, a.qkv_bias), k=Linear(self, h, k, a.qkv_bias),
-                 v=Linear(self, h, k, a.qkv_bias), out=Linear(self, q, h, a.out_bias), norm2=self.parameter(h))
+                 v=Linear(self, h, k, a.qkv_bias), out=Linear(self, q, h, a.out_bias),
+                 norm2=self.parameter(h))
         if a.qk_norm: p |= dict(q_norm=self.parameter(a.head_dim), k_norm=self.parameter(a.head_dim))
         if a.experts:
             return p | dict(router=self.parameter(a.experts*h), gate_up=self.parameter(a.experts*2*f*h),
@@ -67,7 +69,8 @@ class Parts(Weights):
 
     def gpt2(self) -> dict:
         h, f = self.a.hidden, self.a.ffn
-        return dict(norm1=self.norm(), qkv=Linear(self, h, 3*h, True, True), out=Linear(self, h, h, True, True),
+        return dict(norm1=self.norm(), qkv=Linear(self, h, 3*h, True, True),
+                    out=Linear(self, h, h, True, True),
                     norm2=self.norm(), up=Linear(self, h, f, True, True), down=Linear(self, f, h, True, True))
 
     def bert(self) -> dict:
@@ -78,13 +81,15 @@ class Parts(Weights):
 
 # %% ../nbs/03b_blocks.ipynb #blocks-008
 class Pieces(Parts):
-    """What the blocks are made of. attention: "sdpa" or "eager". windowed: a sliding window shorter than the sequence."""
+    """What the blocks are made of. attention: "sdpa" or "eager". windowed: a sliding window shorter than the
+    sequence.
+    """
 
     def __init__(self, a: Arch, weight: int, products: int, attention: str = "sdpa", windowed: bool = False,
                  lora_rank: int | None = None, accumulating: bool = False, checkpointing: bool = False,
-                 trained: bool = True):
-        super().__init__(a, weight, products, lora_rank, trained)
-        self.t = Tape(accumulating)
+                 trained: bool = True, blocks: int = 3, tape: Tape | None = None):
+        super().__init__(a, weight, products, lora_rank, trained, blocks)
+        self.t = tape or Tape(accumulating)
         self.o = Ops(self.t, autocast=products < weight)
         self.t.recording = trained
         self.attention, self.windowed, self.checkpointing = attention, windowed, checkpointing
@@ -144,10 +149,14 @@ class Positions(Pieces):
         return y
 
     def activation(self, x: Ghost) -> Ghost:
-        """One kernel that saves its input; GPT-2's gelu_new is written out: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+        """One kernel that saves its input; GPT-2's gelu_new is written out: 0.5·x·(1 + tanh(√(2/π)·(x +
+        0.044715·x³))).
+        """
         o = self.o
-        if self.a.activation != "gelu_new": return o.pointwise("Activation", x, "y" if self.a.activation == "relu" else "x")
-        return o.mul(self.scaled(x), o.plus_scalar(o.pointwise("Tanh", self.scaled(o.add(x, self.scaled(self.cube(x)))), "y")))
+        if self.a.activation != "gelu_new":
+            return o.pointwise("Activation", x, "y" if self.a.activation == "relu" else "x")
+        return o.mul(self.scaled(x), o.plus_scalar(o.pointwise("Tanh",
+            self.scaled(o.add(x, self.scaled(self.cube(x)))), "y")))
 
     def cube(self, x: Ghost) -> Ghost:
         """x³, which autocast computes in fp32."""
@@ -176,7 +185,8 @@ class Kernels(Positions):
 
         def rule(g):
             grads = [t.new(wide, e), t.new(narrow, e), t.new(narrow, e)]
-            if cudnn:       # its workspace: dq in fp32, one number a row, and with groups dk and dv of every query head
+            # its workspace: dq in fp32, one number a row, and with groups dk and dv of every query head
+            if cudnn:
                 work = t.new(wide, 4), t.new(n, 4), t.new(wide, 2*e if grouped else 0)
             else:
                 rows = t.new(wide, e), t.new(n, 4)
@@ -206,7 +216,9 @@ class Attention(Kernels):
         return o.copy(out)
 
     def eager(self, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
-        """eager_attention_forward: Llama's softmax is in fp32 and lowered again, GPT-2's and BERT's in the scores' dtype."""
+        """eager_attention_forward: Llama's softmax is in fp32 and lowered again, GPT-2's and BERT's in the
+        scores' dtype.
+        """
         a, o, wide, dtype, vtype = self.a, self.o, q.numel, q.e, v.e
         grouped = a.kv_heads != a.heads
         if grouped: k, v = o.copy(k, wide), o.copy(v, wide)
@@ -237,12 +249,14 @@ class Experts(Attention):
 
     def experts(self, x: Ghost, p: dict) -> Ghost:
         """MixtralSparseMoeBlock.forward, with K = experts_per_token rows a token."""
-        o, t, K, h, f, e, numel = self.o, self.t, self.a.experts_per_token, self.a.hidden, self.a.ffn, x.e, x.numel
+        o, t, e, numel = self.o, self.t, x.e, x.numel
+        K, h, f = self.a.experts_per_token, self.a.hidden, self.a.ffn
         E, wide, rows = per_token(self.a.experts), per_token(K*f), per_token(K*h)
         probs = o.softmax(o.linear(x, p["router"], E, low=o.autocast), 4)
         top = t.new(per_token(K), 4)
         top.node = t.record("TopK", lambda g: [t.new(E, 4)], (probs,), (top,))
-        order = [t.new(per_token(n), size) for n, size in ((4*K, 8), (K, 4), (1, 4), (K, 1))]   # indices, sums, masks
+        # indices, sums, masks
+        order = [t.new(per_token(n), size) for n, size in ((4*K, 8), (K, 4), (1, 4), (K, 1))]
         chosen = t.new(rows, e)
         chosen.node = t.record("Index", lambda g: [t.new(numel, e)], (x,), order)
         del order, probs
@@ -280,7 +294,8 @@ class Llama(Experts):
         if a.qk_norm: k = self.rms_norm(k, p["k_norm"], per_token(a.kv_heads))
         v = o.view(self.linear(x, p["v"]))
         q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
-        if self.cache is not None:                      # generating: keys and values are copied into the cache
+        # generating: keys and values are copied into the cache
+        if self.cache is not None:
             k, v = o.copy(k), o.copy(v)
             self.cache += [k, v]
         out = self.attend(q, k, v, mask)
@@ -288,7 +303,8 @@ class Llama(Experts):
         return out
 
     def llama_mlp(self, x: Ghost, p: dict) -> Ghost:
-        return self.linear(self.o.mul(self.activation(self.linear(x, p["gate"])), self.linear(x, p["up"])), p["down"])
+        return self.linear(self.o.mul(self.activation(self.linear(x, p["gate"])), self.linear(x, p["up"])),
+                           p["down"])
 
 # %% ../nbs/03b_blocks.ipynb #blocks-017
 class GPT2(Llama):
@@ -338,7 +354,8 @@ class Bert(GPT2):
 
     def bert_attention(self, x: Ghost, p: dict) -> Ghost:
         o = self.o
-        q, k, v = o.view(self.linear(x, p["q"])), o.view(self.linear(x, p["k"])), o.view(self.linear(x, p["v"]))
+        q, k, v = o.view(self.linear(x, p["q"])), o.view(self.linear(x, p["k"])), o.view(self.linear(x,
+                                                                                                     p["v"]))
         return self.bert_output(self.attend(q, k, v, None), x, p["out"], p["norm1"])
 
     def bert_output(self, y: Ghost, x: Ghost, layer: Linear, norm: tuple[Parameter, Parameter]) -> Ghost:
@@ -359,7 +376,9 @@ class Embeddings(Bert):
         return out, p
 
     def add_positions(self, x: Ghost, ids: Ghost) -> tuple[Ghost, Ghost]:
-        """x plus learned positions, which are the same for each sequence of the batch; returns the positions, too."""
+        """x plus learned positions, which are the same for each sequence of the batch; returns the positions,
+        too.
+        """
         t, e, numel = self.t, self.w, per_position(self.a.hidden)
         positions, _ = self.embedding(self.a.max_positions, numel, ids)
         y = t.new(self.h, e)
@@ -375,15 +394,21 @@ class Embeddings(Bert):
         return self.o.dropout(x, self.a.embedding_dropout)
 
 # %% ../nbs/03b_blocks.ipynb #blocks-021
-class Model(Embeddings):
-    """A whole model of three blocks, from token ids to loss."""
+def _call(fn, *args):
+    return fn(*args)
+
+
+class Bases(Embeddings):
+    """The models without their heads."""
 
     def base(self) -> tuple[Ghost, Parameter]:
-        """LlamaModel.forward and its likes; returns the last hidden state and the table of token embeddings."""
+        """LlamaModel.forward and its likes; returns the last hidden state and the table of token embeddings.
+        """
         a, o, t, e = self.a, self.o, self.t, self.w
         t.place, cos, sin, mask, ids = "E", None, None, None, None
         x, table = self.embedding(a.vocab, self.h)
-        if self.lora_rank and self.checkpointing:                  # peft: the embeddings' output asks for a gradient
+        # peft: the embeddings' output asks for a gradient
+        if self.lora_rank and self.checkpointing:
             x.node = Node(0, "Leaf", (), lambda g: [], (), "E")
         embedded = x if a.family != "bert" else None               # a name in the frame keeps the tensor
         if a.family != "bert":
@@ -406,6 +431,10 @@ class Model(Embeddings):
         if a.family == "llama": x = self.rms_norm(x, self.parameter(a.hidden), self.row)
         if a.family == "gpt2": x = o.layer_norm(x, *self.norm(), self.row)
         return x, table
+
+# %% ../nbs/03b_blocks.ipynb #blocks-022
+class Model(Bases):
+    """A whole model of three blocks, from token ids to loss."""
 
     def loss(self) -> Ghost:
         """The head, and transformers' loss function."""
@@ -442,11 +471,7 @@ class Model(Embeddings):
         self.t.run_backward(loss)
         return self
 
-
-def _call(fn, *args):
-    return fn(*args)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-023
+# %% ../nbs/03b_blocks.ipynb #blocks-024
 Moment = tuple[Poly, tuple[int, ...]]        # the total, and the same by category
 
 
@@ -465,27 +490,30 @@ def highest(moments: list[tuple[int, ...]]) -> list[Moment]:
         if not any(all(x <= y for x, y in zip(total, u)) for u, _ in best): best.append((total, v))
     return best
 
-# %% ../nbs/03b_blocks.ipynb #blocks-024
+# %% ../nbs/03b_blocks.ipynb #blocks-025
 class Step:
     """One forward and backward pass of a model with L blocks: its candidates for the highest moment.
 
-    forward, backward: candidates of each phase. places: the same by where they are, as (blocks whose gradients are done, moments).
-    after_forward: what is alive when the loss is there (autocast left); after_backward: likewise at the end.
-    held, kept: what one block holds in forward, and until its backward.
+    forward, backward: candidates of each phase. places: the same by where they are, as (blocks whose
+    gradients are done, moments). after_forward: what is alive when the loss is there (autocast left);
+    after_backward: likewise at the end. held, kept: what one block holds in forward, and until its backward.
     """
 
     def __init__(self, m: Model, L: int):
         marks, self.extra = m.t.marks, 3 - L
         self.held = _minus(marks["f2"], marks["f1"])
         self.kept = _minus(self.held, _minus(marks["casts of 1"], marks["no casts of 1"]))
-        self.done = _minus(self.kept, _minus(marks["b1"], marks["b0"]))           # after its backward: its gradients
+        # after its backward: its gradients
+        self.done = _minus(self.kept, _minus(marks["b1"], marks["b0"]))
         shifts = {"fE": ((None, 0),), "f0": ((None, 0),), "f1": ((self.held, 0),), "f2": ((self.held, 0),),
                   "fH": ((self.held, 0),), "bH": ((self.kept, 0),), "b2": ((self.kept, 0),),
-                  "b1": ((self.kept, 1), (self.done, L - 2)), "b0": ((self.done, L - 1),), "bE": ((self.done, L),)}
+                  "b1": ((self.kept, 1), (self.done, L - 2)), "b0": ((self.done, L - 1),),
+                  "bE": ((self.done, L),)}
         self.places: dict[str, list[tuple[int, list[Moment]]]] = {}
         for place, summits in m.t.summits.items():
             if L < 3 and place[1] == "1": continue                                # no block in the middle
-            self.places[place] = [(n, highest([self.shifted(v, by) for v in set(summits)])) for by, n in shifts[place]]
+            self.places[place] = [(n, highest([self.shifted(v, by) for v in set(summits)])) for by,
+                                  n in shifts[place]]
         self.forward, self.backward = self.phase("f"), self.phase("b")
         self.after_forward = _totalled(self.shifted(marks["loss"], self.kept))
         self.after_backward = _totalled(self.shifted(marks["end"], self.done))
@@ -496,11 +524,14 @@ class Step:
 
     def phase(self, letter: str) -> list[Moment]:
         """The candidates of all places of a phase."""
-        return highest([v for place, lists in self.places.items() if place[0] == letter for _, ms in lists for _, v in ms])
+        return highest([v for place, lists in self.places.items() if place[0] == letter for _,
+                        ms in lists for _, v in ms])
 
-# %% ../nbs/03b_blocks.ipynb #blocks-025
+# %% ../nbs/03b_blocks.ipynb #blocks-026
 def largest(moments: list[Moment], T: int, s: int) -> tuple[int, tuple[int, ...]]:
-    """The highest of these moments for T tokens in sequences of s: its bytes, and its coefficients by category."""
+    """The highest of these moments for T tokens in sequences of s: its bytes, and its coefficients by
+    category.
+    """
     S, Q, most, which = T*s, s*s, -1, ()
     for (a, b, c, d, e), v in moments:
         x = a*T + b*S + c*Q + d*s + e
@@ -517,4 +548,5 @@ def by_category(v: tuple[int, ...], T: int, s: int) -> dict[str, int]:
 def step(a: Arch, weight: int, products: int, attention: str = "sdpa", windowed: bool = False,
          lora_rank: int | None = None, accumulating: bool = False, checkpointing: bool = False) -> Step:
     """The step of a model; weight, products: bytes of a weight and of what enters matrix products."""
-    return Step(Model(a, weight, products, attention, windowed, lora_rank, accumulating, checkpointing).step(), a.layers)
+    return Step(Model(a, weight, products, attention, windowed, lora_rank, accumulating,
+                      checkpointing).step(), a.layers)

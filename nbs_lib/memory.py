@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+from .allocator import Replayed, replay
 from .blocks import Model, Moment, Step, by_category, highest, largest, step
 from .hardware import GPU
 from .hardware import gpu as find_gpu
@@ -20,14 +21,15 @@ __all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'STRATEGIES'
            'WHY_INFERENCE', 'tensors', 'rounded', 'parameter_bytes', 'buffer_bytes', 'adapter_tensors',
            'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole', 'one_of', 'flag', 'check_parallel',
            'check_lora', 'settings', 'check_length', 'check_head', 'Memory', 'resident', 'gradient_bytes', 'windowed',
-           'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory', 'reserve', 'course_of',
-           'measurements', 'predict_row', 'estimator_table', 'base_buffers', 'InferenceMemory', 'weight_bytes',
-           'prefill', 'split', 'inference_memory']
+           'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory', 'replayed', 'first_order_reserve',
+           'course_of', 'measurements', 'predict_row', 'estimator_table', 'base_buffers', 'InferenceMemory',
+           'weight_bytes', 'prefill', 'split', 'inference_memory']
 
 # %% ../nbs/03_memory.ipynb #memory-007
 PRECISIONS = {  # bytes of a weight, and of what enters matrix products
     "fp32": (4, 4), "bf16": (2, 2), "amp_bf16": (4, 2), "amp_fp16": (4, 2)}
-STATES = {  # optimizer → fp32-or-weight numbers it keeps per parameter, and temporaries of its step per parameter
+# optimizer → numbers it keeps for each parameter, and temporaries of its step, in the parameter's dtype
+STATES = {
     "adamw": (2, 1), "adamw_fused": (2, 0), "sgd": (0, 0), "sgd_momentum": (1, 0), "adamw_8bit": (None, 0)}
 SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")             # FSDP2
 ZERO = ("zero1", "zero2", "zero3")                                    # the course's own
@@ -66,7 +68,9 @@ def buffer_bytes(a: Arch) -> int:
 # %% ../nbs/03_memory.ipynb #memory-010
 @lru_cache(maxsize=512)
 def adapter_tensors(a: Arch, r: int) -> tuple[int, ...]:
-    """How many numbers each LoRA matrix holds: A is r×in and B is out×r, beside every linear layer but the head."""
+    """How many numbers each LoRA matrix holds: A is r×in and B is out×r, beside every linear layer but the
+    head.
+    """
     h, f, q, k = a.hidden, a.ffn, a.heads*a.head_dim, a.kv_heads*a.head_dim
     pairs = [(h, 3*h), (h, h), (h, f), (f, h)] if a.family == "gpt2" else [(h, q), (h, k), (h, k), (q, h)]
     if a.family != "gpt2" and not a.experts: pairs += [(h, f), (h, f), (f, h)]
@@ -74,12 +78,14 @@ def adapter_tensors(a: Arch, r: int) -> tuple[int, ...]:
 
 # %% ../nbs/03_memory.ipynb #memory-011
 @lru_cache(maxsize=2048)
-def optimizer_bytes(a: Arch, optimizer: str, e: int, ranks: int = 1, lora_rank: int | None = None) -> tuple[int, int]:
+def optimizer_bytes(a: Arch, optimizer: str, e: int, ranks: int = 1,
+                    lora_rank: int | None = None) -> tuple[int, int]:
     """Bytes of the optimizer's states, and of the temporaries in its step.
 
-    AdamW keeps two numbers a parameter, in the parameter's dtype (torch/optim/adamw.py: zeros_like). Its foreach form takes the
-    square roots of all second moments at once, into new memory. The fused form keeps its step counts on the GPU, 4 bytes a tensor.
-    adamw_8bit (bitsandbytes 0.4x): one byte for each of two moments, an fp32 scale per block of 256; fp32 below 4096 elements.
+    AdamW keeps two numbers a parameter, in the parameter's dtype (torch/optim/adamw.py: zeros_like). Its
+    foreach form takes the square roots of all second moments at once, into new memory. The fused form keeps
+    its step counts on the GPU, 4 bytes a tensor. adamw_8bit (bitsandbytes 0.4x): one byte for each of two
+    moments, an fp32 scale per block of 256; fp32 below 4096 elements.
     """
     sizes = adapter_tensors(a, lora_rank) if lora_rank else tensors(a)
     if lora_rank: e = 4
@@ -92,15 +98,17 @@ def optimizer_bytes(a: Arch, optimizer: str, e: int, ranks: int = 1, lora_rank: 
 
 # %% ../nbs/03_memory.ipynb #memory-014
 def workspace(g: GPU | None) -> int:
-    """Bytes of one cuBLAS workspace: 32 MiB on Hopper and Blackwell, 8.125 MiB before (ATen/cuda/CublasHandlePool.cpp)."""
+    """Bytes of one cuBLAS workspace: 32 MiB on Hopper and Blackwell, 8.125 MiB before
+    (ATen/cuda/CublasHandlePool.cpp).
+    """
     return 32*MiB if g is None or (g.capability or "9.0") >= "9" else 8*MiB + 128*1024
 
 
 def workspaces(a: Arch, checkpointing: bool, g: GPU | None) -> int:
     """Workspaces of the step: cuBLAS keeps one for the thread that runs forward and one for backward's.
 
-    Products with a bias go through cuBLASLt, whose workspace is 1 MiB more for each thread that runs them: backward's does
-    where it recomputes.
+    Products with a bias go through cuBLASLt, whose workspace is 1 MiB more for each thread that runs them:
+    backward's does where it recomputes.
     """
     biased = a.qkv_bias or a.out_bias or a.mlp_bias
     return 2*workspace(g) + MiB*biased*(1 + checkpointing)
@@ -171,36 +179,44 @@ def _card(g: Any) -> GPU:
 def _refuse(reason: str) -> None: raise ValueError(reason)
 
 
-def check_parallel(strategy: str, world_size: int, shard_size: int | None, offload: bool, precision: str) -> None:
+def check_parallel(strategy: str, world_size: int, shard_size: int | None, offload: bool,
+                   precision: str) -> None:
     """Refuse what a strategy does not do."""
     if strategy == "single" and world_size != 1:
         _refuse(f"world_size is {world_size}, but strategy is 'single'; accepted is world_size=1, or one of "
                 f"{', '.join(map(repr, STRATEGIES[1:]))}.")
     if strategy == "hybrid_shard":
-        if shard_size is None: _refuse("shard_size is None; 'hybrid_shard' needs the number of ranks in a group that shards.")
+        if shard_size is None:
+            _refuse("shard_size is None; 'hybrid_shard' needs the number of ranks in a group that shards.")
         whole("shard_size", shard_size, world_size)
-        if world_size % shard_size: _refuse(f"shard_size is {shard_size}; accepted is a divisor of world_size, {world_size}.")
+        if world_size % shard_size:
+            _refuse(f"shard_size is {shard_size}; accepted is a divisor of world_size, {world_size}.")
     elif shard_size is not None:
-        _refuse(f"shard_size is {shard_size!r}, but strategy is {strategy!r}; accepted is None, or strategy='hybrid_shard'.")
+        _refuse(f"shard_size is {shard_size!r}, but strategy is {strategy!r}; accepted is None, or "
+                f"strategy='hybrid_shard'.")
     if offload and strategy not in SHARDED:
-        _refuse(f"offload is True, but strategy is {strategy!r}; accepted is False, or one of {', '.join(map(repr, SHARDED))}.")
+        _refuse(f"offload is True, but strategy is {strategy!r}; accepted is False, or one of "
+                f"{', '.join(map(repr, SHARDED))}.")
     if precision == "amp_fp16" and strategy not in ("single", "ddp"):
-        _refuse(f"precision is 'amp_fp16', but strategy is {strategy!r}; accepted are 'fp32', 'bf16' and 'amp_bf16' when "
-                f"sharded.")
+        _refuse(f"precision is 'amp_fp16', but strategy is {strategy!r}; accepted are 'fp32', 'bf16' and "
+                f"'amp_bf16' when sharded.")
 
 
 def check_lora(a: Arch, lora_rank: int, precision: str, strategy: str) -> None:
     """Refuse adapters where they are not modelled."""
     whole("lora_rank", lora_rank, min(2**16, a.hidden))
-    if a.family == "bert": _refuse(f"lora_rank is {lora_rank}, but {a.name} is no causal model; accepted is None.")
-    if a.experts: _refuse(f"lora_rank is {lora_rank}, but peft has no adapters for {a.name}'s experts; accepted is None.")
-    if precision != "bf16": _refuse(f"precision is {precision!r}; with lora_rank accepted is 'bf16' (fp32 adapters).")
+    if a.family == "bert":
+        _refuse(f"lora_rank is {lora_rank}, but {a.name} is no causal model; accepted is None.")
+    if a.experts:
+        _refuse(f"lora_rank is {lora_rank}, but {a.name}'s experts get no adapters; accepted is None.")
+    if precision != "bf16":
+        _refuse(f"precision is {precision!r}; with lora_rank accepted is 'bf16' (fp32 adapters).")
     if strategy not in ("single", "ddp"):
         _refuse(f"strategy is {strategy!r}; with lora_rank accepted are 'single' and 'ddp'.")
 
 # %% ../nbs/03_memory.ipynb #memory-019
-def settings(model, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy, world_size,
-             shard_size, offload, lora_rank, gpu) -> Settings:
+def settings(model, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy,
+             world_size, shard_size, offload, lora_rank, gpu) -> Settings:
     """The arguments, checked. Raises ValueError that names the argument, the value, and what is accepted."""
     a = _model(model)
     whole("batch", batch, 2**20); whole("seq", seq, 2**24)
@@ -212,8 +228,8 @@ def settings(model, batch, seq, precision, optimizer, checkpointing, attention, 
     if lora_rank is not None: check_lora(a, lora_rank, precision, strategy)
     check_length(a, seq)
     check_head(a)
-    return Settings(a, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy, world_size,
-                    shard_size, offload, lora_rank, _card(gpu))
+    return Settings(a, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy,
+                    world_size, shard_size, offload, lora_rank, _card(gpu))
 
 
 def check_length(a: Arch, seq: int) -> None:
@@ -225,7 +241,7 @@ def check_length(a: Arch, seq: int) -> None:
 def check_head(a: Arch) -> None:
     """Refuse classes that have no language model's loss."""
     if a.head not in ("lm", "mlm"):
-        _refuse(f"model is {a.name!r} with the class {a.architecture}; accepted are causal and masked language models.")
+        _refuse(f"model is {a.name!r}, a {a.architecture}; accepted are causal and masked language models.")
 
 # %% ../nbs/03_memory.ipynb #memory-021
 WHY = {
@@ -242,7 +258,7 @@ WHY = {
     "buckets": "DDP's copy of all gradients, in buckets for the all-reduce",
     "unsharded": "parameters gathered from the other ranks: the root's, and the block's at work",
     "reduce buffers": "gradients laid out for the reduce-scatter, and its result",
-    "last step's inputs": "peft: the embeddings' output and its gradient live until the next loss replaces them",
+    "last step's inputs": "peft: the embeddings' output and its gradient, until the next loss replaces them",
 }
 
 # %% ../nbs/03_memory.ipynb #memory-022
@@ -250,13 +266,13 @@ WHY = {
 class Memory:
     """A prediction, in bytes: the peak, what it is made of, and when it is.
 
-    peak: of a steady step (the third on), as torch.cuda.max_memory_allocated() reports. peak_any: over all steps.
-    reserved: what the caching allocator takes from the driver, to first order. phases: running maximum after forward, backward and
-    step. terms: add up to peak. peak_phase: where the peak is. by_phase: the terms of each phase's own highest moment.
+    peak: of a steady step (the third on), what torch.cuda.max_memory_allocated() reports but for the
+    allocator's rounding of blocks (see replayed). peak_any: over all steps. phases: running maximum after
+    forward, backward and step. terms: add up to peak. peak_phase: where the peak is. by_phase: the terms of
+    each phase's own highest moment.
     """
     peak: int
     peak_any: int
-    reserved: int
     phases: dict[str, int]
     terms: dict[str, int]
     peak_phase: str
@@ -266,6 +282,22 @@ class Memory:
     def explain(self) -> list[tuple[str, int, str]]:
         """(term, bytes, reason), the largest first."""
         return sorted(((k, n, WHY[k]) for k, n in self.terms.items()), key=lambda t: -t[1])
+
+    @cached_property
+    def replayed(self) -> Replayed | None:
+        """The same steps on a replay of the allocator: allocated as it counts, and reserved. single and ddp;
+        else None.
+
+        It takes about a tenth of a second, where the rest of a prediction takes 0.1 ms.
+        """
+        return replayed(self.settings) if self.settings.strategy in ("single", "ddp") else None
+
+    @property
+    def reserved(self) -> int:
+        """What the caching allocator takes from the driver: replayed for single and ddp, else to first order.
+        """
+        if self.replayed: return max(self.replayed.reserved[-1], self.peak_any)
+        return first_order_reserve(self)
 
 # %% ../nbs/03_memory.ipynb #memory-023
 def resident(c: Settings, e: int) -> dict[str, int]:
@@ -297,15 +329,19 @@ def _add(*parts: dict[str, int]) -> dict[str, int]:
 
 # %% ../nbs/03_memory.ipynb #memory-024
 def windowed(a: Arch, seq: int) -> bool:
-    """Whether a sliding window hides something, so that a mask is needed (transformers' masking_utils: seq ≥ window)."""
+    """Whether a sliding window hides something, so that a mask is needed (transformers' masking_utils: seq ≥
+    window).
+    """
     return a.sliding_window is not None and seq >= a.sliding_window
 
 
 def passes(c: Settings, accumulating: bool = False) -> Step:
     """The forward and backward pass on this rank."""
     weight, products = PRECISIONS[c.precision]
-    if c.strategy in (*SHARDED, "zero3"): weight = products           # FSDP2 gathers weights in the products' dtype
-    return step(c.model, weight, products, c.attention, windowed(c.model, c.seq), c.lora_rank, accumulating, c.checkpointing)
+    # FSDP2 gathers weights in the products' dtype
+    if c.strategy in (*SHARDED, "zero3"): weight = products
+    return step(c.model, weight, products, c.attention, windowed(c.model, c.seq), c.lora_rank, accumulating,
+                c.checkpointing)
 
 
 def moment(moments: list[Moment], T: int, s: int) -> tuple[int, dict[str, int]]:
@@ -315,14 +351,17 @@ def moment(moments: list[Moment], T: int, s: int) -> tuple[int, dict[str, int]]:
 
 # %% ../nbs/03_memory.ipynb #memory-026
 def replicated(c: Settings, e: int) -> dict[str, dict[str, int]]:
-    """Terms at the highest moment of each phase, where each rank holds the whole model: single, ddp, zero1, zero2."""
+    """Terms at the highest moment of each phase, where each rank holds the whole model: single, ddp, zero1,
+    zero2.
+    """
     T, s, base, grads = c.batch*c.seq, c.seq, resident(c, e), {"gradients": gradient_bytes(c, e)}
     p = passes(c)
     stale = {"last step's inputs": 2*T*c.model.hidden*e} if c.lora_rank and c.checkpointing else {}
     forward, backward = moment(p.forward, T, s)[1], moment(p.backward, T, s)[1]
     if c.accumulation == 1:
         phases = {"forward": _add(base, forward, stale), "backward": _add(base, backward)}
-    else:                                          # from the second micro-batch on the gradients are there already
+    else:
+        # from the second micro-batch on the gradients are there already
         again = moment(passes(c, True).backward, T, s)[1]
         before = _add(base, again, grads) if c.accumulation > 2 else _add(base, backward)
         phases = {"forward": max(_add(base, forward, grads, stale), before, key=_total),
@@ -336,10 +375,12 @@ def _total(terms: dict[str, int]) -> int: return sum(terms.values())
 
 # %% ../nbs/03_memory.ipynb #memory-028
 def gathered(c: Settings, place: str, done: int) -> int:
-    """Bytes of parameters that are gathered at a place: the root's all through a pass; a block's while it works.
+    """Bytes of parameters that are gathered at a place: the root's all through a pass; a block's while it
+    works.
 
-    full_shard: in forward two blocks (one is fetched ahead) and the buffer that the fetch fills; at the head the last block; in
-    backward the block at work and the next. shard_grad_op: all, once forward has passed them, until their backward is done.
+    full_shard: in forward two blocks (one is fetched ahead) and the buffer that the fetch fills; at the head
+    the last block; in backward the block at work and the next. shard_grad_op: all, once forward has passed
+    them, until their backward is done.
     """
     a, products = c.model, PRECISIONS[c.precision][1]
     block = a.layer_parameters*products
@@ -350,7 +391,9 @@ def gathered(c: Settings, place: str, done: int) -> int:
 
 
 def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
-    """Terms at the highest moment of each phase under FSDP2 (and zero3): gathered parameters, and gradients that are shards."""
+    """Terms at the highest moment of each phase under FSDP2 (and zero3): gathered parameters, and gradients
+    that are shards.
+    """
     T, s, a, N, p = c.batch*c.seq, c.seq, c.model, c.ranks, passes(c)
     base, products = resident(c, e), PRECISIONS[c.precision][1]
     shard = 0 if c.offload else -(-a.layer_parameters//N)*e
@@ -370,16 +413,17 @@ def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
 
 # %% ../nbs/03_memory.ipynb #memory-030
 def train_memory(model: Any, batch: int, seq: int, precision: str = "bf16", optimizer: str = "adamw",
-                 checkpointing: bool = False, attention: str = "sdpa", accumulation: int = 1, strategy: str = "single",
+                 checkpointing: bool = False, attention: str = "sdpa", accumulation: int = 1,
+                 strategy: str = "single",
                  world_size: int = 1, shard_size: int | None = None, offload: bool = False,
                  lora_rank: int | None = None, gpu: str | GPU = "h100-sxm") -> Memory:
     """Memory of a training step of transformers' own class, on rank 0, in bytes.
 
-    model: what nbs_lib.models.arch takes. batch, seq: per rank and micro-batch. The other arguments: see the tables of this chapter.
-    Raises ValueError that names the argument, the value and what is accepted.
+    model: what nbs_lib.models.arch takes. batch, seq: per rank and micro-batch. The other arguments: see the
+    tables of this chapter. Raises ValueError that names the argument, the value and what is accepted.
     """
-    c = settings(model, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy, world_size,
-                 shard_size, offload, lora_rank, gpu)
+    c = settings(model, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy,
+                 world_size, shard_size, offload, lora_rank, gpu)
     e = PRECISIONS[precision][0]
     own = sharded(c, e) if strategy in (*SHARDED, "zero3") else replicated(c, e)
     running, phases, at = 0, {}, "forward"
@@ -387,22 +431,40 @@ def train_memory(model: Any, batch: int, seq: int, precision: str = "bf16", opti
         total = _total(own[phase])
         if total > running: running, at = total, phase
         phases[phase] = running
-    first = max(_total(own["forward"]), _total(own["backward"])) + gradient_bytes(c, e) if strategy == "ddp" else 0
-    return Memory(running, max(running, first), reserve(max(running, first), own[at]), phases, own[at], at, own, c)
+    top = running
+    if strategy == "ddp":                                   # the second step: new buckets beside the old ones
+        top = max(running, phases["backward"] + gradient_bytes(c, e))
+    return Memory(running, top, phases, own[at], at, own, c)
 
 # %% ../nbs/03_memory.ipynb #memory-032
-def reserve(peak: int, terms: dict[str, int]) -> int:
-    """What the caching allocator takes from the driver, to first order.
+@lru_cache(maxsize=512)
+def replayed(c: Settings) -> Replayed:
+    """Four steps on a replay of the allocator."""
+    a, (weight, products) = c.model, PRECISIONS[c.precision]
+    weights, adapters = [n*weight for n in tensors(a)], []
+    if c.lora_rank: adapters = [4*n for n in adapter_tensors(a, c.lora_rank)]
+    trained = adapters or weights
+    other = [buffer_bytes(a), 8*c.batch*c.seq]
+    if c.strategy == "ddp": other += [25*MiB]*(sum(trained)//(25*MiB)) + [sum(trained) % (25*MiB)]
+    kept, temporary = (2, 0) if c.optimizer == "adamw_8bit" else STATES[c.optimizer]
+    if c.optimizer == "adamw_8bit": trained = [n//weight for n in trained]
+    model = dict(a=a, weight=weight, products=products, attention=c.attention, windowed=windowed(a, c.seq),
+                 lora_rank=c.lora_rank, checkpointing=c.checkpointing)
+    return replay(model, weights + adapters, trained, other, kept, temporary, c.optimizer == "adamw_fused",
+                  c.batch*c.seq, c.seq, workspace(c.gpu), c.accumulation)
 
-    It takes segments of 2 MiB for requests up to 1 MiB, of 20 MiB up to 10 MiB, else of the request rounded up to 2 MiB, and
-    keeps them. The peak must fit; what does not is the difference in the shapes that forward and backward ask for, about one
-    set of the largest passing tensors: a third of the logits, or the temporaries.
+
+def first_order_reserve(m: Memory) -> int:
+    """Where nothing is replayed: the peak, and once more what FSDP gathers, whose memory belongs to other
+    streams.
     """
-    return rounded(peak + max(terms.get("logits", 0)//3, terms.get("temporaries", 0)//2), 2*MiB)
+    return rounded(m.peak_any + m.terms.get("unsharded", 0) + m.terms.get("reduce buffers", 0), 2*MiB)
 
 # %% ../nbs/03_memory.ipynb #memory-041
 def course_of(m: Memory) -> list[tuple[str, int]]:
-    """The highest moment in each part of a step on one GPU: ("forward 3", bytes), …; parts are E, the blocks, H, then back."""
+    """The highest moment in each part of a step on one GPU: ("forward 3", bytes), …; parts are E, the blocks,
+    H, then back.
+    """
     c, p = m.settings, passes(m.settings)
     if c.strategy != "single" or c.accumulation > 1 or c.model.layers < 3:
         _refuse("the course of a step is drawn for strategy='single', accumulation=1 and at least 3 blocks.")
@@ -412,7 +474,8 @@ def course_of(m: Memory) -> list[tuple[str, int]]:
     up, exchange = value(p.held, T, s), value(p.done, T, s) - value(p.kept, T, s)
     rows = [("forward E", at["fE"]), ("forward 0", at["f0"])]
     rows += [(f"forward {i}", at["f1"] - (L - 2 - i)*up) for i in range(1, L - 1)]
-    rows += [(f"forward {L - 1}", at["f2"]), ("forward H", at["fH"]), ("backward H", at["bH"]), (f"backward {L - 1}", at["b2"])]
+    rows += [(f"forward {L - 1}", at["f2"]), ("forward H", at["fH"]), ("backward H", at["bH"]),
+             (f"backward {L - 1}", at["b2"])]
     rows += [(f"backward {i}", at["b1"] + (L - 2 - i)*exchange) for i in range(L - 2, 0, -1)]
     rows += [("backward 0", at["b0"]), ("backward E", at["bE"])]
     return [(name, base + n) for name, n in rows] + [("step", sum(m.by_phase["step"].values()))]
@@ -421,42 +484,47 @@ def course_of(m: Memory) -> list[tuple[str, int]]:
 def measurements() -> list[dict[str, Any]]:
     """Rows measured on H100s, with their provenance (nbs_lib/data/memory_h100.jsonl). Bytes.
 
-    kind: "train" or "inference". group: "small" (three-layer models whose allocator logs the ledgers were checked against), "real", or
-    "held out" (settings fixed before the model was compared with anything, and looked at last).
+    kind: "train" or "inference". group: "small" (three-layer models whose allocator logs the ledgers were
+    checked against), "real", or "held out" (settings fixed before the model was compared with anything, and
+    looked at last).
     """
     import json
     from importlib.resources import files
-    lines = (files("nbs_lib")/"data"/"memory_h100.jsonl").read_text(encoding="utf-8").splitlines()
-    head = json.loads(lines[0])["provenance"]
-    return [{**r, "provenance": head[r["provenance"]]} for r in map(json.loads, lines[1:])]
+    text = (files("nbs_lib")/"data"/"memory_h100.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line]
 
 
 def predict_row(row: dict[str, Any]) -> dict[str, float]:
     """The errors of train_memory on a measured row, in percent of what was measured.
 
-    allocated, requested: the peak, as the allocator counts it and as it was asked for. any: over all steps. And one for each phase.
+    allocated, requested: of the peak, against what the allocator counts and what it was asked for. replayed:
+    of the replay's peak, against what the allocator counts. any: over all steps. And one for each phase.
     """
     m = train_memory(**row["settings"])
-    pairs = {"allocated": (m.peak, row["peak"]), "requested": (m.peak, row["requested"]), "any": (m.peak_any, row["peak_any"]),
-             "reserved": (m.reserved, row["reserved"])}
+    pairs = {"allocated": (m.peak, row["peak"]), "requested": (m.peak, row.get("requested")),
+             "any": (m.peak_any, row.get("peak_any")), "reserved": (m.reserved, row.get("reserved"))}
     pairs |= {phase: (m.phases[phase], row["phases"][phase]) for phase in m.phases}
-    return {k: 100*(p - x)/x for k, (p, x) in pairs.items()}
+    if m.replayed: pairs["replayed"] = m.replayed.peak, row["peak"]
+    return {k: 100*(p - x)/x for k, (p, x) in pairs.items() if x is not None}
 
 # %% ../nbs/03_memory.ipynb #memory-058
 def estimator_table(model: Any, rotary_buffers: bool = False) -> list[dict[str, Any]]:
-    """What `accelerate estimate-memory` prints for a model, as its code computes it: rows for float32 and float16, bytes.
+    """What `accelerate estimate-memory` prints for a model, as its code computes it: rows for float32 and
+    float16, bytes.
 
-    Each row: dtype, total (the loaded model), and the columns of the published table: model, gradients, backward, step (its code
-    calls them model, gradients, optimizer, step; in commands/estimate.py, estimate_training_usage). The size is that of
-    AutoModel's class, without the language model's head, with its buffers.
-    rotary_buffers: add the cos and sin tables that transformers up to 4.40 kept in every layer of a Llama.
+    Each row: dtype, total (the loaded model), and the columns of the published table: model, gradients,
+    backward, step (its code calls them model, gradients, optimizer, step; in commands/estimate.py,
+    estimate_training_usage). The size is that of AutoModel's class, without the language model's head, with
+    its buffers. rotary_buffers: add the cos and sin tables that transformers up to 4.40 kept in every layer
+    of a Llama.
     """
     a = _model(model)
     size = 4*a.base_parameters + base_buffers(a)
     if rotary_buffers: size += a.layers*2*a.max_positions*a.head_dim*4
     half = size//2
     return [dict(dtype="float32", total=size, model=size, gradients=size, backward=2*size, step=4*size),
-            dict(dtype="float16", total=half, model=size, gradients=size + half, backward=2*size, step=2*size)]
+            dict(dtype="float16", total=half, model=size, gradients=size + half, backward=2*size,
+                 step=2*size)]
 
 
 def base_buffers(a: Arch) -> int:
@@ -464,7 +532,8 @@ def base_buffers(a: Arch) -> int:
     return sum(a.buffers.values())
 
 # %% ../nbs/03_memory.ipynb #memory-065
-WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}     # of a weight of a linear layer in a block
+# of a weight of a linear layer in a block
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 CACHE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8}       # of a number in the KV cache
 
 
@@ -481,7 +550,7 @@ class InferenceMemory:
 
 
 WHY_INFERENCE = {
-    "weights": "the parameters; int8 and int4 apply to the linear layers of the blocks, with 16-bit scales beside them",
+    "weights": "the parameters; int8 and int4: the blocks' linear layers, with 16-bit scales beside them",
     "kv_cache": "keys and values of every token in every layer: 2·L·k numbers a token",
     "activations": "the prompt's tensors in the block that is at work",
     "logits": "of the last token only (generate asks for no more), and their copy in fp32",
@@ -494,8 +563,8 @@ WHY_INFERENCE = {
 def weight_bytes(a: Arch, precision: str) -> tuple[int, int]:
     """Bytes of the weights, and of one dequantized layer.
 
-    int8: a byte a weight and a 16-bit scale per output channel. int4: half a byte and a 16-bit scale per group of 128. Embeddings,
-    head, norms and biases stay in bf16. One layer at a time is raised to bf16.
+    int8: a byte a weight and a 16-bit scale per output channel. int4: half a byte and a 16-bit scale per
+    group of 128. Embeddings, head, norms and biases stay in bf16. One layer at a time is raised to bf16.
     """
     bits = WEIGHT_BITS[precision]
     if bits >= 16: return parameter_bytes(a, bits//8), 0
@@ -503,7 +572,8 @@ def weight_bytes(a: Arch, precision: str) -> tuple[int, int]:
     for name, shape in a.parameter_shapes():
         n = 1
         for d in shape: n *= d
-        inside = len(shape) > 1 and not any(word in name for word in ("emb", "wte", "wpe", "lm_head", "score", "cls"))
+        inside = len(shape) > 1 and not any(word in name
+                                            for word in ("emb", "wte", "wpe", "lm_head", "score", "cls"))
         if not inside: other += rounded(2*n); continue
         linear += rounded(n) + rounded(2*shape[0]) if bits == 8 else rounded(n//2) + rounded(n//128*2)
         largest_one = max(largest_one, 2*n)
@@ -512,7 +582,9 @@ def weight_bytes(a: Arch, precision: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def prefill(a: Arch, e: int, has_window: bool) -> tuple[list[Moment], tuple[int, ...]]:
-    """The forward pass over a prompt without gradients: its candidates for the highest moment, and one layer's cache."""
+    """The forward pass over a prompt without gradients: its candidates for the highest moment, and one
+    layer's cache.
+    """
     quiet = replace(a, hidden_dropout=0.0, attention_dropout=0.0, embedding_dropout=0.0)
     m = Model(quiet, e, e, "sdpa", has_window, trained=False)
     m.cache = []
@@ -526,23 +598,27 @@ def prefill(a: Arch, e: int, has_window: bool) -> tuple[list[Moment], tuple[int,
 # %% ../nbs/03_memory.ipynb #memory-067
 def split(a: Arch, ranks: int) -> Arch:
     """One rank's part of a model whose heads and feed-forward layers are divided (tensor parallel)."""
-    for what, n in (("query heads", a.heads), ("key and value heads", a.kv_heads), ("feed-forward width", a.ffn)):
-        if n % ranks: _refuse(f"world_size is {ranks}; accepted is a number that divides {a.name}'s {what}, {n}.")
+    for what, n in (("query heads", a.heads), ("key and value heads", a.kv_heads),
+                    ("feed-forward width", a.ffn)):
+        if n % ranks:
+            _refuse(f"world_size is {ranks}; accepted is a number that divides {a.name}'s {what}, {n}.")
     return replace(a, heads=a.heads//ranks, kv_heads=a.kv_heads//ranks, ffn=a.ffn//ranks) if ranks > 1 else a
 
 
 def inference_memory(model: Any, batch: int, seq: int, precision: str = "bf16", kv_precision: str = "bf16",
                      world_size: int = 1, gpu: str | GPU = "h100-sxm") -> InferenceMemory:
-    """Memory of generating after a prompt of seq tokens: the peak is in the prefill, when the cache has been filled.
+    """Memory of generating after a prompt of seq tokens: the peak is in the prefill, when the cache has been
+    filled.
 
-    world_size: ranks that share heads and feed-forward layers (tensor parallel); embeddings and head are on each.
-    Raises ValueError that names the argument, the value and what is accepted.
+    world_size: ranks that share heads and feed-forward layers (tensor parallel); embeddings and head are on
+    each. Raises ValueError that names the argument, the value and what is accepted.
     """
     a = _model(model)
     whole("batch", batch, 2**20); whole("seq", seq, 2**24); whole("world_size", world_size, 2**16)
     one_of("precision", precision, WEIGHT_BITS); one_of("kv_precision", kv_precision, CACHE_BITS)
     check_length(a, seq)
-    if a.family == "bert" or a.head != "lm": _refuse(f"model is {a.name!r}; accepted are causal language models.")
+    if a.family == "bert" or a.head != "lm":
+        _refuse(f"model is {a.name!r}; accepted are causal language models.")
     a, T, e = split(a, world_size), batch*seq, 4 if precision == "fp32" else 2
     moments, layer = prefill(a, e, windowed(a, seq))
     weights, dequantized = weight_bytes(a, precision)
@@ -552,9 +628,12 @@ def inference_memory(model: Any, batch: int, seq: int, precision: str = "bf16", 
     hidden = T*a.hidden*e
     in_block, at_head = total - cached*e, hidden + logits
     terms = {"weights": weights + buffer_bytes(a), "kv_cache": cached*CACHE_BITS[kv_precision]//8,
-             "activations": in_block if in_block >= at_head else hidden, "logits": 0 if in_block >= at_head else logits,
-             "dequantized": dequantized, "inputs": rounded(8*T), "workspaces": workspaces(a, False, _card(gpu))
+             "activations": in_block if in_block >= at_head else hidden,
+             "logits": 0 if in_block >= at_head else logits,
+             "dequantized": dequantized, "inputs": rounded(8*T),
+             "workspaces": workspaces(a, False, _card(gpu))
              - workspace(_card(gpu))}
     terms = {k: n for k, n in terms.items() if n}
-    asked = dict(model=a, batch=batch, seq=seq, precision=precision, kv_precision=kv_precision, world_size=world_size)
+    asked = dict(model=a, batch=batch, seq=seq, precision=precision, kv_precision=kv_precision,
+                 world_size=world_size)
     return InferenceMemory(sum(terms.values()), terms, asked)

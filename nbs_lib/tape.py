@@ -35,14 +35,15 @@ def fixed(n: int) -> Poly:
 
 
 def value(p: Sequence[int], T: int, s: int) -> int:
-    """A size for T tokens in sequences of s. Longer sequences of coefficients are added up, five at a time."""
+    """A size for T tokens in sequences of s. Longer sequences of coefficients are added up, five at a time.
+    """
     return sum(p[0::5])*T + sum(p[1::5])*T*s + sum(p[2::5])*s*s + sum(p[3::5])*s + sum(p[4::5])
 
 # %% auto #0
 __all__ = ['Poly', 'CATEGORIES', 'ACTIVATIONS', 'LOGITS', 'GRADIENTS', 'COPIES', 'TEMPORARIES', 'per_token', 'per_score',
            'per_pair', 'per_position', 'fixed', 'value', 'Storage', 'Ghost', 'Node', 'Parameter', 'Frame', 'Counter',
            'Recorder', 'Checkpoints', 'Engine', 'Tape', 'feeders', 'same', 'Basic', 'Pointwise', 'Sums', 'Products',
-           'Layers', 'Ops']
+           'Layers', 'Scores', 'Ops']
 
 # %% ../nbs/03a_tape.ipynb #tape-006
 CATEGORIES = ("activations", "logits", "gradients", "autocast copies", "temporaries")
@@ -51,20 +52,22 @@ ACTIVATIONS, LOGITS, GRADIENTS, COPIES, TEMPORARIES = range(5)
 
 class Storage:
     """A block of memory: counted when it is made, uncounted when nothing refers to it any more."""
-    __slots__ = ("tape", "size", "kind")
+    __slots__ = ("tape", "size", "kind", "block")
 
     def __init__(self, tape: Tape, size: Poly, kind: int):
         self.tape, self.size, self.kind = tape, size, kind
-        tape.count(size, kind, 1)
+        self.block = tape.allocate(size, kind)
 
     def __del__(self):
-        self.tape.count(self.size, self.kind, -1)
+        self.tape.release(self)
 
 
 class Ghost:
-    """A tensor without numbers: how many elements, how many bytes each (e), its memory, and the node that made it.
+    """A tensor without numbers: how many elements, how many bytes each (e), its memory, and the node that
+    made it.
 
-    view: it shares memory that another tensor allocated. permuted: its elements are not in the order of its shape.
+    view: it shares memory that another tensor allocated. permuted: its elements are not in the order of its
+    shape.
     """
     __slots__ = ("numel", "e", "storage", "node", "slot", "view", "permuted")
 
@@ -83,14 +86,15 @@ class Ghost:
 class Node:
     """An operation that backward will run.
 
-    rule makes the gradients of its inputs from those of its outputs. finish then fits them to the inputs: casts them, or adds
-    up what was repeated. frame: the checkpoint it belongs to, if any.
+    rule makes the gradients of its inputs from those of its outputs. finish then fits them to the inputs:
+    casts them, or adds up what was repeated. frame: the checkpoint it belongs to, if any.
     """
     __slots__ = ("seq", "name", "saved", "rule", "nexts", "inputs", "place", "frame", "finish")
 
     def __init__(self, seq: int, name: str, saved: tuple, rule: Callable | None, nexts: tuple, place: str,
                  outputs: int = 1, finish: Callable | None = None):
-        self.seq, self.name, self.saved, self.rule, self.nexts, self.place = seq, name, saved, rule, nexts, place
+        self.seq, self.name, self.saved, self.rule = seq, name, saved, rule
+        self.nexts, self.place = nexts, place
         self.inputs: list[Ghost | None] = [None]*outputs
         self.frame, self.finish = None, finish
 
@@ -100,7 +104,9 @@ class Node:
 
 
 class Parameter:
-    """A weight of `numel` numbers of e bytes. cast: the copy in lower precision that autocast holds of it, if any."""
+    """A weight of `numel` numbers of e bytes. cast: the copy in lower precision that autocast holds of it, if
+    any.
+    """
     __slots__ = ("numel", "e", "node", "cast")
 
     def __init__(self, numel: int, e: int, trained: bool):
@@ -109,7 +115,9 @@ class Parameter:
 
 
 class Frame:
-    """A checkpointed call: how to run it again, and the nodes of its first run, whose saved tensors were dropped."""
+    """A checkpointed call: how to run it again, and the nodes of its first run, whose saved tensors were
+    dropped.
+    """
     __slots__ = ("again", "nodes", "filled")
 
     def __init__(self, again: Callable):
@@ -135,6 +143,19 @@ class Counter:
         self.rising = sign > 0
         for i, c in enumerate(size):
             if c: self.live[5*kind + i] += sign*c
+
+    def allocate(self, size: Poly, kind: int) -> object:
+        """A new block of memory. What it returns stays with the storage; a tape that plays an allocator needs
+        it.
+        """
+        self.count(size, kind, 1)
+
+    def release(self, storage: Storage) -> None:
+        """A block that nobody refers to any more."""
+        self.count(storage.size, storage.kind, -1)
+
+    def product(self, biased: bool) -> None:
+        """Called by each matrix product, when its output is there: cuBLAS may want a workspace."""
 
     @property
     def recomputing(self) -> bool:
@@ -174,7 +195,9 @@ class Recorder(Counter):
 
     def record(self, name: str, rule: Callable, inputs: Sequence, saved: Sequence = (), outputs: int = 1,
                finish: Callable | None = None) -> Node | None:
-        """A node for an operation on `inputs` (ghosts and parameters), or None where nothing needs a gradient."""
+        """A node for an operation on `inputs` (ghosts and parameters), or None where nothing needs a
+        gradient.
+        """
         if not self.recording or all(i is None or i.node is None for i in inputs): return None
         nexts = tuple((i.node, getattr(i, "slot", 0)) if i is not None and i.node else None for i in inputs)
         memory = tuple(x.storage if isinstance(x, Ghost) else None for x in saved)
@@ -257,7 +280,8 @@ class Engine(Checkpoints):
 class Tape(Engine):
     """Runs operations on ghosts: counts live bytes, remembers the summits, and goes backward.
 
-    accumulating: the gradients of earlier micro-batches are there already, so that new ones are added and freed.
+    accumulating: the gradients of earlier micro-batches are there already, so that new ones are added and
+    freed.
     """
 
     def __init__(self, accumulating: bool = False):
@@ -272,7 +296,8 @@ class Tape(Engine):
         del loss
         while ready:
             node = heapq.heappop(ready)
-            if node.rule is None:                     # a parameter: the gradient stays, or is added to the old one
+            # a parameter: the gradient stays, or is added to the old one
+            if node.rule is None:
                 if not self.accumulating: node.saved = (node.inputs[0],)
                 node.inputs[0] = None
                 continue
@@ -317,7 +342,8 @@ class Basic:
         return out
 
     def copy_of(self, p: Parameter | None) -> Parameter | Ghost | None:
-        """A weight as a product sees it: under autocast a copy, made once and kept until the context is left."""
+        """A weight as a product sees it: under autocast a copy, made once and kept until the context is left.
+        """
         if p is None or not self.autocast or p.e == self.low: return p
         if p.cast is None:
             t, n, was = self.t, p.numel, p.e
@@ -331,7 +357,9 @@ class Pointwise(Basic):
     """Functions of single elements."""
 
     def pointwise(self, name: str, x: Ghost, saves: str, extra: int = 0) -> Ghost:
-        """A function that saves its input ("x"), its output ("y") or nothing (""); extra: temporaries of backward."""
+        """A function that saves its input ("x"), its output ("y") or nothing (""); extra: temporaries of
+        backward.
+        """
         t, numel, e = self.t, x.numel, x.e
 
         def rule(g):
@@ -363,7 +391,9 @@ class Sums(Pointwise):
         return out
 
     def mul(self, x: Ghost, y: Ghost | Parameter, small: Poly | None = None) -> Ghost:
-        """x·y in the wider of their dtypes. small: y has only so many elements and is repeated; its gradient is added up."""
+        """x·y in the wider of their dtypes. small: y has only so many elements and is repeated; its gradient
+        is added up.
+        """
         t, e, ex, ey, numel = self.t, max(x.e, y.e), x.e, y.e, x.numel
         need_x, need_y = x.node is not None, y.node is not None
         weight = isinstance(y, Parameter)
@@ -385,20 +415,26 @@ class Sums(Pointwise):
 class Products(Sums):
     """Linear layers."""
 
-    def linear(self, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = None, kind: int | None = None,
+    def linear(self, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = None,
+               kind: int | None = None,
                 low: bool = False, conv1d: bool = False) -> Ghost:
-        """x·W (+ b), with `out` elements. low: under autocast it runs in low precision. conv1d: GPT-2's layer, which casts in another order."""
+        """x·W (+ b), with `out` elements. low: under autocast it runs in low precision. conv1d: GPT-2's
+        layer, which casts in another order.
+        """
         t = self.t
         if low and conv1d: wc = self.copy_of(w); x = self.to(x, self.low); bc = self.copy_of(bias)
         elif low: bc = self.copy_of(bias); wc = self.copy_of(w); x = self.to(x, self.low)
         else: wc, bc = w, bias
         e, n_x, n_w, n_b = x.e, x.numel, fixed(w.numel), fixed(bias.numel if bias else 0)
-        need_x, need_w, need_b = x.node is not None, wc.node is not None, bc is not None and bc.node is not None
+        need_x, need_w = x.node is not None, wc.node is not None
+        need_b = bc is not None and bc.node is not None
         biased = bias is not None
 
         def rule(g):
             a = t.new(n_x, e) if biased and need_x else None
+            if a: t.product(False)
             b = t.new(n_w, e, GRADIENTS) if need_w else None
+            t.product(False)
             if not biased and need_x: a = t.new(n_x, e)
             return [a and a.alias(), b and (b if conv1d else b.alias()), None]
 
@@ -408,6 +444,7 @@ class Products(Sums):
         saved = (x if need_w else None, wc if need_x else None)
         node = t.record("Linear", rule, (x, wc, bc), saved, finish=finish)
         y = t.new(out, e, kind)
+        t.product(biased)
         y.node = node
         return y
 
@@ -416,7 +453,9 @@ class Layers(Products):
     """Views, dropout and LayerNorm."""
 
     def view(self, x: Ghost) -> Ghost:
-        """Another shape of the same memory. Backward copies a gradient whose order of elements does not allow a view."""
+        """Another shape of the same memory. Backward copies a gradient whose order of elements does not allow
+        a view.
+        """
         t = self.t
 
         def rule(g):
@@ -445,8 +484,8 @@ class Layers(Products):
         return y
 
 # %% ../nbs/03a_tape.ipynb #tape-025
-class Ops(Layers):
-    """All operations: these, and what attention and the loss need."""
+class Scores(Layers):
+    """Products of activations, and softmax."""
 
     def bmm(self, x: Ghost, y: Ghost, out: Poly) -> Ghost:
         """A batched product of two activations: saves both."""
@@ -475,6 +514,10 @@ class Ops(Layers):
         y.node = t.record("Softmax", rule, (x,), (y,))
         return y
 
+# %% ../nbs/03a_tape.ipynb #tape-026
+class Ops(Scores):
+    """All operations: these, and what attention and the loss need."""
+
     def log_softmax(self, x: Ghost) -> Ghost:
         """Log-softmax over the vocabulary: saves its output."""
         t, numel, e = self.t, x.numel, x.e
@@ -483,7 +526,9 @@ class Ops(Layers):
         return y
 
     def copy(self, x: Ghost, numel: Poly | None = None) -> Ghost:
-        """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats up)."""
+        """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats
+        up).
+        """
         t, was, e = self.t, x.numel, x.e
         out = t.new(numel or was, e)
         repeated = numel is not None and numel != was

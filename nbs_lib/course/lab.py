@@ -200,7 +200,8 @@ class Message:
         self.kind, self.title, self.text, self.rows = kind, title, text, rows
 
     def __repr__(self):
-        rows = [f"  {name:<22}{value:>34}" for name, value in self.rows]
+        wide = max((len(name) for name, _ in self.rows), default=0)
+        rows = [f"  {name:<{wide}}  {value}" for name, value in self.rows]
         return "\n".join([self.title, *rows, *([self.text] if self.text else [])])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
@@ -265,8 +266,8 @@ class Lab:
             raise Stop(f"Exercise {exercise.name}: predict first. A measurement surprises only whoever has committed to a number.")
         return mine["predicted"]
 
-    def measure(self, name, run: Callable[[], float], where: str = "here") -> float:
-        """Run the measurement `run()` and set it beside the prediction; returns it. Refuses (Stop) when nothing was predicted."""
+    def measure(self, name, run: Callable[[], float], where: str = "here") -> None:
+        """Run the measurement `run()` and set it beside the prediction. Refuses (Stop) when nothing was predicted."""
         exercise, predicted = self._find(name), self.predicted(name)
         if not callable(run):
             raise Stop(f"Exercise {exercise.name}: pass the measurement as a function, `lab.measure({exercise.name}, lambda: …)`, so that it runs after the prediction.")
@@ -280,10 +281,9 @@ class Lab:
         _show(Message("measure", f"Exercise {exercise.name} · {exercise.title}", self._reading(exercise, predicted, measured), [
             ("predicted", readable(predicted, exercise.unit)), (f"measured {where}", readable(measured, exercise.unit)),
             ("predicted / measured", f"{predicted / measured:.3f}")]))
-        return measured
 
-    def explain(self, name, answer) -> bool:
-        """Judge the explanation: a letter, a number or a function, as the exercise asks. Says why; returns whether it holds."""
+    def explain(self, name, answer) -> None:
+        """Judge the explanation: a letter, a number or a function, as the exercise asks. Says whether it holds, and why."""
         exercise = self._find(name)
         if answer is ... or answer is None:
             raise Stop(f"Exercise {exercise.name}: put your answer in place of the three dots, then run the cell again.")
@@ -292,11 +292,10 @@ class Lab:
                 raise Stop(f"Exercise {exercise.name}: write a sentence or two; nothing checks it, but the model answer comes after yours.")
             self._note(exercise, explained=True, text=answer)
             _show(Message("explain", f"Exercise {exercise.name} · a model answer (yours was kept, and is not graded)", exercise.model_answer))
-            return True
+            return
         verdict = exercise.explain.judge(answer)
         self._note(exercise, explained=verdict.ok)
         _show(Message("explain" if verdict.ok else "wrong", f"Exercise {exercise.name} · {'right' if verdict.ok else 'not yet'}", verdict.message))
-        return verdict.ok
 
     def hint(self, name) -> None:
         """The next of three hints."""
@@ -379,8 +378,10 @@ class Lab:
 
     def _reading(self, exercise: Exercise, predicted: float, measured: float) -> str:
         """What the distance between prediction and measurement suggests."""
-        if math.isclose(predicted, measured, rel_tol=0.02):
-            return "Within 2%: you understand where these come from."
+        if math.isclose(predicted, measured, rel_tol=0.001):
+            return "Within 0.1%: nothing is left to explain."
+        if math.isclose(predicted, measured, rel_tol=0.03):
+            return "Within 3%: every large term is there. What is left are small ones: workspaces, tensors between operations."
         for miss, reason in exercise.misses:
             if math.isclose(predicted, _value(miss), rel_tol=0.02):
                 return reason

@@ -231,7 +231,7 @@ lab.exercise(1, "weights, gradients, moments", unit="bytes",
         "Four arrays of P entries, 4 bytes each."),
     explain=Choice(
         {"a": "8 bytes", "b": "10 bytes", "c": "12 bytes", "d": "16 bytes"}, "a",
-        {"a": "Right: PyTorch makes gradients and moments in the dtype of the parameter, so everything halves. The price is that updates "
+        {"a": "PyTorch makes gradients and moments in the dtype of the parameter, so everything halves. The price is that updates "
               "smaller than about 1/256 of a weight are rounded away; the precision lesson shows them vanish.",
          "b": "That would be moments in bf16 and something extra in fp32. Nothing is kept in fp32 here: model.to(torch.bfloat16) converts the "
               "weights themselves, and AdamW makes its moments in the parameter's dtype.",
@@ -277,7 +277,7 @@ lab.exercise(3, "logits and loss at their peak", unit="bytes",
             (lambda: 10 * 8192 * _V8 / 2**30, "10 bytes is the peak of the forward pass (bf16 logits, their fp32 copy, the log-softmax). The backward pass peaks higher."),
             (lambda: 12 * 8192 * _V8 / 1e9, "The number is right in GB (10^9); the question asks for GiB (2^30)."),
             (lambda: 12 * 8192 * 32000 / 2**30, "That is a vocabulary of 32,000, as Llama 1 and 2 have. Llama 3 has 128,256.")],
-        why="More than the fp16 weights of most 7B models leave free on a 24 GB card, for one sequence. This is why fused and chunked losses exist."))
+        why="For one sequence: more than half of a 16 GB card. This is why fused and chunked losses exist."))
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-029
 def _start(b: Bench, states: int = 6, logits: int = 12, checkpointing: bool = False) -> int:
@@ -304,7 +304,7 @@ lab.exercise(4, "the peak of a step", unit="bytes",
         {"a": "the start of the backward pass", "b": "the end of the backward pass", "c": "the optimizer's step"}, "c",
         {"a": "With 16 tokens activations and logits are next to nothing. What is large then does not depend on the tokens at all.",
          "b": "Close: gradients are all there by then. But something as large as the weights comes on top a moment later.",
-         "c": "Right: with few tokens the states decide, and the optimizer's step holds weights, gradients, two moments and temporaries: 10 "
+         "c": "With few tokens the states decide, and the optimizer's step holds weights, gradients, two moments and temporaries: 10 "
               "bytes per parameter in bf16. No smaller batch helps there; a fused AdamW, which needs no temporaries, does."}))
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-036
@@ -326,10 +326,10 @@ lab.exercise(5, "the peak with checkpointing", unit="bytes",
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-042
 def stored_row() -> dict:
     """The stored H100 measurement of Llama-3-8B, bf16, AdamW, batch 1 × 2,048 tokens, with its provenance."""
-    from nbs_lib.course.measurements import rows
+    from nbs_lib.memory import measurements
 
     wanted = dict(model="llama-3-8b", batch=1, seq=2048, precision="bf16", optimizer="adamw", checkpointing=False, attention="sdpa")
-    return next(r for r in rows() if all(r["settings"].get(k) == v for k, v in wanted.items()))
+    return next(r for r in measurements() if all(r["settings"].get(k) == v for k, v in wanted.items()))
 
 
 def _eight(**changed) -> float:
@@ -349,6 +349,6 @@ lab.exercise(6, "Llama-3-8B on one H100", unit="bytes",
         {"a": f"Checkpointing takes the peak from {_eight():.1f} to {_eight(checkpointing=True):.1f} GiB: the peak lies in the optimizer's step, "
               "where no activations are alive.",
          "b": f"Halving the tokens takes the peak from {_eight():.1f} to {_eight(seq=1024):.1f} GiB: the optimizer's step does not depend on tokens.",
-         "c": f"Right: the fused kernel updates in place, without temporaries of 2 bytes per parameter, and the peak falls from {_eight():.1f} to "
+         "c": f"The fused kernel updates in place, without temporaries of 2 bytes per parameter, and the peak falls from {_eight():.1f} to "
               f"{_eight(optimizer='adamw_fused'):.1f} GiB, for the same result.",
          "d": f"Eager attention keeps s×s scores and never needs less: {_eight(attention='eager'):.1f} GiB."}))
