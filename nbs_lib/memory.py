@@ -18,7 +18,7 @@ MiB, GiB = 2**20, 2**30
 
 # %% auto #0
 __all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'STRATEGIES', 'ATTENTION', 'WHY', 'WEIGHT_BITS', 'CACHE_BITS',
-           'WHY_INFERENCE', 'tensors', 'rounded', 'parameter_bytes', 'buffer_bytes', 'adapter_tensors',
+           'WHY_INFERENCE', 'tensors', 'rounded', 'parameter_bytes', 'block_slack', 'buffer_bytes', 'adapter_tensors',
            'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole', 'one_of', 'flag', 'check_parallel',
            'check_lora', 'settings', 'check_length', 'check_head', 'Memory', 'resident', 'gradient_bytes', 'windowed',
            'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory', 'replayed', 'first_order_reserve',
@@ -57,6 +57,23 @@ def rounded(n: int, to: int = 512) -> int:
 def parameter_bytes(a: Arch, e: int, ranks: int = 1) -> int:
     """Bytes of all parameters at e bytes each, every tensor rounded up; ranks: sharded over so many."""
     return sum(rounded(-(-n//ranks)*e) for n in tensors(a))
+
+
+@lru_cache(maxsize=512)
+def block_slack(a: Arch, e: int, copies: int, ranks: int = 1) -> int:
+    """What the allocator counts beyond the bytes of `copies` sets of all parameters.
+
+    A tensor of 10 MiB or more gets a segment of its own, rounded up to 2 MiB. Up to 1 MiB that is left over
+    there cannot be split off, so it counts as allocated (c10/cuda/CUDACachingAllocator.cpp, should_split).
+    Smaller tensors share segments.
+    """
+    total = 0
+    for n in tensors(a):
+        size = rounded(-(-n//ranks)*e)
+        if size >= 10*MiB:
+            rest = rounded(size, 2*MiB) - size
+            total += rest if rest <= MiB else 0
+    return copies*total
 
 
 @lru_cache(maxsize=512)
@@ -254,6 +271,7 @@ WHY = {
     "temporaries": "gradients on their way, and what a backward formula needs for a moment",
     "inputs": "token ids, 8 bytes each",
     "workspaces": "cuBLAS: one workspace for each thread that runs products",
+    "block rounding": "weights and optimizer states in blocks of up to 1 MiB more than they need",
     "optimizer temporaries": "AdamW's foreach form: square roots of all second moments at once",
     "buckets": "DDP's copy of all gradients, in buckets for the all-reduce",
     "unsharded": "parameters gathered from the other ranks: the root's, and the block's at work",
@@ -307,9 +325,11 @@ def resident(c: Settings, e: int) -> dict[str, int]:
     weights = parameter_bytes(a, e, sharded) + buffer_bytes(a)
     if c.lora_rank: weights += sum(rounded(4*n) for n in adapter_tensors(a, c.lora_rank))
     states = optimizer_bytes(a, c.optimizer, e, N, c.lora_rank)[0]
-    if c.offload: weights, states = buffer_bytes(a), 0
+    copies = 0 if c.lora_rank or c.optimizer == "adamw_8bit" else STATES[c.optimizer][0]
+    slack = block_slack(a, e, 1, sharded) + block_slack(a, e, copies, N)
+    if c.offload: weights, states, slack = buffer_bytes(a), 0, 0
     terms = {"weights": weights, "optimizer": states, "inputs": rounded(8*c.batch*c.seq) + 512,
-             "workspaces": workspaces(a, c.checkpointing, c.gpu)}
+             "workspaces": workspaces(a, c.checkpointing, c.gpu), "block rounding": slack}
     if c.strategy == "ddp": terms["buckets"] = gradient_bytes(c, e)
     return terms
 
@@ -501,13 +521,14 @@ def predict_row(row: dict[str, Any]) -> dict[str, float]:
     of the replay's peak, against what the allocator counts. any: over all steps. And one for each phase.
     """
     m = train_memory(**row["settings"])
-    pairs = {"allocated": (m.peak, row["peak"]), "requested": (m.peak, row.get("requested")),
+    pairs = {"allocated": (m.peak, row["peak"]),
+             "requested": (m.peak - m.terms.get("block rounding", 0), row.get("requested")),
              "any": (m.peak_any, row.get("peak_any")), "reserved": (m.reserved, row.get("reserved"))}
     pairs |= {phase: (m.phases[phase], row["phases"][phase]) for phase in m.phases}
     if m.replayed: pairs["replayed"] = m.replayed.peak, row["peak"]
     return {k: 100*(p - x)/x for k, (p, x) in pairs.items() if x is not None}
 
-# %% ../nbs/03_memory.ipynb #memory-058
+# %% ../nbs/03_memory.ipynb #memory-059
 def estimator_table(model: Any, rotary_buffers: bool = False) -> list[dict[str, Any]]:
     """What `accelerate estimate-memory` prints for a model, as its code computes it: rows for float32 and
     float16, bytes.
@@ -531,7 +552,7 @@ def base_buffers(a: Arch) -> int:
     """Bytes of the model's buffers, as they are (not rounded up)."""
     return sum(a.buffers.values())
 
-# %% ../nbs/03_memory.ipynb #memory-065
+# %% ../nbs/03_memory.ipynb #memory-066
 # of a weight of a linear layer in a block
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 CACHE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8}       # of a number in the KV cache
@@ -559,7 +580,7 @@ WHY_INFERENCE = {
     "workspaces": "cuBLAS: one workspace",
 }
 
-# %% ../nbs/03_memory.ipynb #memory-066
+# %% ../nbs/03_memory.ipynb #memory-067
 def weight_bytes(a: Arch, precision: str) -> tuple[int, int]:
     """Bytes of the weights, and of one dequantized layer.
 
@@ -595,7 +616,7 @@ def prefill(a: Arch, e: int, has_window: bool) -> tuple[list[Moment], tuple[int,
             for v in m.t.summits.get(place, []) + [m.t.marks["end"]]]
     return highest(late), held
 
-# %% ../nbs/03_memory.ipynb #memory-067
+# %% ../nbs/03_memory.ipynb #memory-068
 def split(a: Arch, ranks: int) -> Arch:
     """One rank's part of a model whose heads and feed-forward layers are divided (tensor parallel)."""
     for what, n in (("query heads", a.heads), ("key and value heads", a.kv_heads),

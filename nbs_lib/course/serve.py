@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import http.server
 import importlib.util
+import json
 import os
 import secrets
 import socket
@@ -73,7 +74,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @dataclass
 class JupyterLab:
-    """A running JupyterLab: its process, port and token."""
+    """A running JupyterLab: its process, port (known once it answers: see `wait`) and token."""
 
     process: subprocess.Popen
     port: int
@@ -90,10 +91,17 @@ class JupyterLab:
 
     def wait(self, seconds: float = 60) -> bool:
         """Whether it answers within `seconds`."""
-        until = time.monotonic() + seconds
+        from jupyter_core.paths import jupyter_runtime_dir
+
+        said, until = Path(jupyter_runtime_dir()) / f"jpserver-{self.process.pid}.json", time.monotonic() + seconds
         while time.monotonic() < until and self.process.poll() is None:
-            if answers(f"http://{HOST}:{self.port}/api/status?token={self.token}"):
-                return True
+            try:  # the server writes its port down, since it takes the next when its first choice is in use
+                self.port = json.loads(said.read_text())["port"]
+            except (OSError, ValueError, KeyError):
+                pass
+            else:
+                if answers(f"http://{HOST}:{self.port}/api/status?token={self.token}"):
+                    return True
             time.sleep(0.2)
         return False
 
@@ -112,8 +120,8 @@ def jupyterlab(folder: Path, port: int = 8888) -> JupyterLab:
         raise RuntimeError("JupyterLab is not installed here: pip install 'nbs_lib[labs]' (or `make course` in the repository)")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".nbs").mkdir(exist_ok=True)
-    port, token, log = free_port(port), secrets.token_hex(16), folder / ".nbs" / "jupyterlab.log"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+    token, log = secrets.token_hex(16), folder / ".nbs" / "jupyterlab.log"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}", "--ServerApp.port_retries=50",
                f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--ServerApp.allow_root=True")

@@ -1,7 +1,13 @@
-// Where we are in the navigation, and tabsets (the WAI-ARIA tabs pattern). Pages read well without this script.
+// Where we are in the navigation, boxes that scroll reachable by keyboard, and tabsets (the WAI-ARIA tabs pattern). Pages read well without this script.
 for (const link of document.querySelectorAll("header.site li a")) {
   if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
 }
+const reachable = () => document.querySelectorAll("main pre, main .cell-output").forEach((box) => {
+  if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  else box.removeAttribute("tabindex");
+});
+reachable();
+addEventListener("resize", reachable);
 document.querySelectorAll(".tabs").forEach((box, n) => {
   const panels = [...box.querySelectorAll(":scope > .tab")];
   const list = document.createElement("div");
