@@ -10,6 +10,7 @@ from typing import Any
 from .allocator import Replayed, replay
 from .blocks import Model, Moment, Step, by_category, highest, largest, step
 from .hardware import GPU
+from .hardware import gpus as all_cards
 from .hardware import gpu as find_gpu
 from .models import Arch, arch
 from .tape import Ghost, value
@@ -18,12 +19,12 @@ MiB, GiB = 2**20, 2**30
 
 # %% auto #0
 __all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'STRATEGIES', 'ATTENTION', 'WHY', 'WEIGHT_BITS', 'CACHE_BITS',
-           'WHY_INFERENCE', 'tensors', 'rounded', 'parameter_bytes', 'block_slack', 'buffer_bytes', 'adapter_tensors',
-           'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole', 'one_of', 'flag', 'check_parallel',
-           'check_lora', 'settings', 'check_length', 'check_head', 'Memory', 'resident', 'gradient_bytes', 'windowed',
-           'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory', 'replayed', 'first_order_reserve',
-           'course_of', 'measurements', 'predict_row', 'estimator_table', 'base_buffers', 'InferenceMemory',
-           'weight_bytes', 'prefill', 'split', 'inference_memory']
+           'WHY_INFERENCE', 'CONTEXT', 'tensors', 'rounded', 'parameter_bytes', 'block_slack', 'buffer_bytes',
+           'adapter_tensors', 'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole', 'one_of', 'flag',
+           'check_parallel', 'check_lora', 'settings', 'check_length', 'check_head', 'Memory', 'resident',
+           'gradient_bytes', 'windowed', 'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory',
+           'replayed', 'first_order_reserve', 'course_of', 'measurements', 'predict_row', 'estimator_table',
+           'base_buffers', 'InferenceMemory', 'weight_bytes', 'prefill', 'split', 'inference_memory', 'capacity']
 
 # %% ../nbs/03_memory.ipynb #memory-007
 PRECISIONS = {  # bytes of a weight, and of what enters matrix products
@@ -658,3 +659,18 @@ def inference_memory(model: Any, batch: int, seq: int, precision: str = "bf16", 
     asked = dict(model=a, batch=batch, seq=seq, precision=precision, kv_precision=kv_precision,
                  world_size=world_size)
     return InferenceMemory(sum(terms.values()), terms, asked)
+
+# %% ../nbs/03_memory.ipynb #memory-capacity
+#: The CUDA context with the libraries that a training step loads: 767 to 787 MiB in 39 runs on an H100 (what mem_get_info
+#: said was used, less what the allocator had reserved; driver 580.159.04, torch 2.11, 2026-11-21).
+CONTEXT = 787*MiB
+
+
+def capacity(card: GPU) -> int:
+    """Bytes that a training process can allocate on `card`: what CUDA offers a process, less its own context.
+
+    What CUDA offers is `card.usable` where it is known, else the driver's total times the smallest share seen on
+    the cards for which both are known.
+    """
+    share = min(g.usable/g.memory for g in all_cards() if g.usable)
+    return (card.usable or int(card.memory*share)) - CONTEXT

@@ -108,16 +108,19 @@ def main(argv: list[str] | None = None) -> int:
 # --- fit ------------------------------------------------------------------------------------------------------------------------
 
 def run_fit(args) -> int:
-    from .. import hardware, memory, models
-    from .fit import capacity, smallest_world, ways_out
+    import gc
 
+    from .. import hardware, memory, models
+    from .fit import smallest_world, ways_out
+
+    gc.disable()  # a short-lived process that makes many small objects and no cycles that matter
     model, card = models.arch(args.model), hardware.gpu(args.gpu)
     seq = args.seq or min(2048, model.max_positions)
     settings = dict(batch=args.batch, seq=seq, precision=args.precision, optimizer=args.optimizer, checkpointing=args.checkpointing,
                     attention=args.attention, accumulation=args.accumulation, strategy=args.strategy or ("full_shard" if args.gpus > 1 else "single"),
                     world_size=args.gpus, shard_size=args.shard_size, offload=args.offload, lora_rank=args.lora_rank)
     m = memory.train_memory(model, **settings, gpu=card)
-    room = capacity(card)
+    room = memory.capacity(card)
     fits = m.peak_any <= room
     out = [] if fits else ways_out(model, card, room, settings)
     world = None if fits else smallest_world(model, card, room, settings)

@@ -4,25 +4,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from ..hardware import GPU, gpus
+from ..hardware import GPU
 from ..memory import train_memory
 
 #: What a change costs, from free to dear, by what it changes: nothing; the size of the pieces; the arithmetic done twice or sent over
 #: the wire; the numbers; what is trained; the speed, many times over. Ranks, not measurements.
 FREE, PIECES, RECOMPUTE, NUMBERS, DIFFERENT, SLOW = range(6)
-#: The CUDA context with the libraries that a training step loads: 767 to 787 MiB in 39 runs on an H100 (mem_get_info less what the
-#: allocator had reserved; driver 580.159.04, torch 2.11, 2026-11-21).
-CONTEXT = 787 * 2**20
-
-
-def capacity(card: GPU) -> int:
-    """Bytes that a training process can allocate on `card`: what CUDA offers a process, less what its own context takes.
-
-    What CUDA offers is `card.usable` where it is known, else the driver's total times the smallest share seen on the cards for which
-    both are known.
-    """
-    share = min(g.usable / g.memory for g in gpus() if g.usable)
-    return (card.usable or int(card.memory * share)) - CONTEXT
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import html
 
 from ..hardware import gpus
-from ..memory import train_memory
+from ..memory import capacity, train_memory
 from ..models import arch
 
 COLOURS = ("#1d5fa8", "#b4500f", "#27744a", "#8a3f8f", "#8a6a00", "#3a7d8c", "#a03048", "#566170", "#1d2733")
@@ -14,8 +14,6 @@ STRATEGIES = ("single", "ddp", "full_shard", "shard_grad_op", "zero1", "zero2", 
 
 def breakdown(model: str, gpu: str, **settings) -> str:
     """The breakdown as HTML: the verdict, a bar and the terms; for settings that are refused, the reason."""
-    from .fit import capacity
-
     try:
         card = next(g for g in gpus() if g.name == gpu)
         m = train_memory(model, gpu=card, **settings)
