@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import nbs_lib
+
 # %% auto #0
-__all__ = ['Shape', 'SOURCES', 'MODELS', 'attention_weights', 'attention_biases', 'mlp_weights', 'mlp_biases', 'Fields', 'Block',
-           'Outside', 'Whole', 'Rules', 'Arch', 'classes', 'Known', 'arch']
+__all__ = ['Shape', 'MODELS', 'attention_weights', 'attention_biases', 'mlp_weights', 'mlp_biases', 'Arch', 'classes', 'Known',
+           'arch']
 
 # %% ../nbs/02_models.ipynb #models-012
 def attention_weights(h: int, n: int, kv: int, d: int) -> int:
@@ -37,8 +40,8 @@ def mlp_biases(h: int, f: int, gated: bool) -> int:
 
 # %% ../nbs/02_models.ipynb #models-018
 @dataclass(frozen=True)
-class Fields:
-    """What a config.json says, under one set of names for every family of models (see `arch`)."""
+class Arch:
+    """A model's architecture: what its config says, and (below) all that follows from it. Made by `arch`."""
     name: str              # "llama-3-8b", or what the config calls itself
     family: str            # layout of the block: "llama" | "gpt2" | "bert"
     model_type: str        # transformers' own: "llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt2", ...
@@ -74,273 +77,255 @@ class Fields:
     unverified: tuple[str, ...] = ()    # a known model's fields that nobody here has read in a source
     notes: tuple[str, ...] = ()         # what was assumed
 
+# %% ../nbs/02_models.ipynb #models-018b
+def patch(f: Callable[..., Any] | None = None, *, as_prop: bool = False) -> Any:
+    """Add a function of an Arch to the class: as a method, or with `as_prop` as a property."""
+    if f is None: return partial(patch, as_prop=as_prop)
+    setattr(Arch, f.__name__, property(f) if as_prop else f)
+    return f
+
 # %% ../nbs/02_models.ipynb #models-019
-class Block(Fields):
-    """The numbers of one transformer block. All are counts of parameters."""
+@patch(as_prop=True)
+def attention_parameters(a: Arch) -> int:
+    """Projections of q, k, v and of the output, with their biases (q/k norms count as norms)."""
+    letters = a.hidden, a.heads, a.kv_heads, a.head_dim
+    return attention_weights(*letters) + attention_biases(*letters, a.qkv_bias, a.out_bias)
 
-    @property
-    def attention_parameters(self) -> int:
-        """Projections of q, k, v and of the output, with their biases (q/k norms count as norms)."""
-        letters = self.hidden, self.heads, self.kv_heads, self.head_dim
-        return attention_weights(*letters) + attention_biases(*letters, self.qkv_bias, self.out_bias)
 
-    @property
-    def expert_parameters(self) -> int:
-        """One feed-forward network, with its biases: the dense layer's only one, or one of the experts."""
-        h, f, gated = self.hidden, self.ffn, self.family == "llama"
-        return mlp_weights(h, f, gated) + mlp_biases(h, f, gated)*self.mlp_bias
+@patch(as_prop=True)
+def expert_parameters(a: Arch) -> int:
+    """One feed-forward network, with its biases: the dense layer's only one, or one of the experts."""
+    h, f, gated = a.hidden, a.ffn, a.family == "llama"
+    return mlp_weights(h, f, gated) + mlp_biases(h, f, gated)*a.mlp_bias
 
-    @property
-    def router_parameters(self) -> int:
-        """The matrix E×h that scores E experts; 0 in a dense model."""
-        return self.experts*self.hidden
 
-    @property
-    def mlp_parameters(self) -> int:
-        """All feed-forward networks of the block, and the router."""
-        return max(self.experts, 1)*self.expert_parameters + self.router_parameters
+@patch(as_prop=True)
+def router_parameters(a: Arch) -> int:
+    """The matrix E×h that scores E experts; 0 in a dense model."""
+    return a.experts*a.hidden
 
-    @property
-    def norm_parameters(self) -> int:
-        """Two norms over h, and two over d where q and k have norms."""
-        return 2*self.final_norm_parameters + 2*self.head_dim*self.qk_norm
 
-    @property
-    def final_norm_parameters(self) -> int:
-        """One norm over h: RMSNorm has a weight, LayerNorm also a bias. One stands outside the blocks."""
-        return self.hidden if self.family == "llama" else 2*self.hidden
+@patch(as_prop=True)
+def mlp_parameters(a: Arch) -> int:
+    """All feed-forward networks of the block, and the router."""
+    return max(a.experts, 1)*a.expert_parameters + a.router_parameters
 
-    @property
-    def layer_parameters(self) -> int:
-        """One block: attention, feed-forward, norms."""
-        return self.attention_parameters + self.mlp_parameters + self.norm_parameters
+# %% ../nbs/02_models.ipynb #models-019b
+@patch(as_prop=True)
+def final_norm_parameters(a: Arch) -> int:
+    """One norm over h: RMSNorm has a weight, LayerNorm also a bias. One stands outside the blocks."""
+    return a.hidden if a.family == "llama" else 2*a.hidden
+
+
+@patch(as_prop=True)
+def norm_parameters(a: Arch) -> int:
+    """Two norms over h, and two over d where q and k have norms."""
+    return 2*a.final_norm_parameters + 2*a.head_dim*a.qk_norm
+
+
+@patch(as_prop=True)
+def layer_parameters(a: Arch) -> int:
+    """One block: attention, feed-forward, norms."""
+    return a.attention_parameters + a.mlp_parameters + a.norm_parameters
 
 # %% ../nbs/02_models.ipynb #models-021
-class Outside(Block):
-    """The parts outside the blocks. All are counts of parameters."""
+@patch(as_prop=True)
+def embedding_parameters(a: Arch) -> int:
+    """Tokens V×h; learned positions (GPT-2, BERT) and segments (BERT) are tables of h, too."""
+    positions = 0 if a.family == "llama" else a.max_positions
+    return (a.vocab + positions + a.token_types)*a.hidden
 
-    @property
-    def embedding_parameters(self) -> int:
-        """Tokens V×h; learned positions (GPT-2, BERT) and segments (BERT) are tables of h, too."""
-        positions = 0 if self.family == "llama" else self.max_positions
-        return (self.vocab + positions + self.token_types)*self.hidden
 
-    @property
-    def pooler_parameters(self) -> int:
-        """BERT's pooler, a Linear h→h, where the named class has one."""
-        return (self.hidden*self.hidden + self.hidden)*self.pooler
+@patch(as_prop=True)
+def pooler_parameters(a: Arch) -> int:
+    """BERT's pooler, a Linear h→h, where the named class has one."""
+    return (a.hidden*a.hidden + a.hidden)*a.pooler
 
-    @property
-    def head_parameters(self) -> int:
-        """What the named class adds to the base model; a tied matrix is the embedding's and adds nothing.
 
-        BERT's head for masked tokens has a Linear h→h and a LayerNorm before the tied matrix, and a bias V.
-        Untied, transformers gives that matrix a second bias V.
-        """
-        h, V, c = self.hidden, self.vocab, self.labels
-        mlm = h*h + h + 2*h + V + (0 if self.tied else h*V + V)
-        return {"none": 0, "lm": 0 if self.tied else h*V, "mlm": mlm, "mlm+nsp": mlm + 2*h + 2,
-                "score": h*c, "classifier": h*c + c}[self.head]
+@patch(as_prop=True)
+def head_parameters(a: Arch) -> int:
+    """What the named class adds to the base model; a tied matrix is the embedding's and adds nothing.
+
+    BERT's head for masked tokens has a Linear h→h and a LayerNorm before the tied matrix, and a bias V.
+    Untied, transformers gives that matrix a second bias V.
+    """
+    h, V, c = a.hidden, a.vocab, a.labels
+    mlm = h*h + h + 2*h + V + (0 if a.tied else h*V + V)
+    return {"none": 0, "lm": 0 if a.tied else h*V, "mlm": mlm, "mlm+nsp": mlm + 2*h + 2,
+            "score": h*c, "classifier": h*c + c}[a.head]
 
 # %% ../nbs/02_models.ipynb #models-022
-class Whole(Outside):
-    """The totals. All are counts of parameters."""
+@patch(as_prop=True)
+def parameters_by_component(a: Arch) -> dict[str, int]:
+    """Component → parameters; the values add up to `parameters`. "head" is 0 where it is tied."""
+    L = a.layers
+    parts = {"embeddings": a.embedding_parameters, "attention": L*a.attention_parameters}
+    if a.experts: parts |= {"experts": L*a.experts*a.expert_parameters, "router": L*a.router_parameters}
+    else: parts["mlp"] = L*a.mlp_parameters
+    parts["norms"] = L*a.norm_parameters + a.final_norm_parameters
+    if a.pooler: parts["pooler"] = a.pooler_parameters
+    if a.head != "none": parts["head"] = a.head_parameters
+    return parts
 
-    @property
-    def parameters_by_component(self) -> dict[str, int]:
-        """Component → parameters; the values add up to `parameters`. "head" is 0 where it is tied."""
-        L = self.layers
-        parts = {"embeddings": self.embedding_parameters, "attention": L*self.attention_parameters}
-        if self.experts:
-            parts["experts"] = L*self.experts*self.expert_parameters
-            parts["router"] = L*self.router_parameters
-        else:
-            parts["mlp"] = L*self.mlp_parameters
-        parts["norms"] = L*self.norm_parameters + self.final_norm_parameters
-        if self.pooler: parts["pooler"] = self.pooler_parameters
-        if self.head != "none": parts["head"] = self.head_parameters
-        return parts
 
-    @property
-    def parameters(self) -> int:
-        """All parameters of the named class, a shared tensor counted once."""
-        return sum(self.parameters_by_component.values())
+@patch(as_prop=True)
+def parameters(a: Arch) -> int:
+    """All parameters of the named class, a shared tensor counted once."""
+    return sum(a.parameters_by_component.values())
 
-    @property
-    def base_parameters(self) -> int:
-        """What `AutoModel.from_config` builds: no head; BERT with its pooler."""
-        pooler = self.hidden*self.hidden + self.hidden if self.family == "bert" else 0
-        return self.parameters - self.head_parameters - self.pooler_parameters + pooler
+
+@patch(as_prop=True)
+def base_parameters(a: Arch) -> int:
+    """What `AutoModel.from_config` builds: no head; BERT with its pooler."""
+    pooler = a.hidden*a.hidden + a.hidden if a.family == "bert" else 0
+    return a.parameters - a.head_parameters - a.pooler_parameters + pooler
 
 # %% ../nbs/02_models.ipynb #models-024
-class Rules(Whole):
-    """The subsets of the parameters that rules of thumb are about. All are counts of parameters."""
+@patch(as_prop=True)
+def linear_parameters(a: Arch) -> int:
+    """Weights (no biases) of the nn.Linear and Conv1D modules inside the blocks.
 
-    @property
-    def linear_parameters(self) -> int:
-        """Weights (no biases) of the nn.Linear and Conv1D modules inside the blocks.
+    Mixtral's experts and router are not among them: transformers 5 keeps them as bare parameters
+    (`mlp.experts.gate_up_proj`, E×2f×h), so that only its attention has Linear modules.
+    """
+    attention = attention_weights(a.hidden, a.heads, a.kv_heads, a.head_dim)
+    return a.layers*(attention + (0 if a.experts else mlp_weights(a.hidden, a.ffn, a.family == "llama")))
 
-        Mixtral's experts and router are not among them: transformers 5 keeps them as bare parameters
-        (`mlp.experts.gate_up_proj`, E×2f×h), so that only its attention has Linear modules.
-        """
-        h, f, gated = self.hidden, self.ffn, self.family == "llama"
-        attention = attention_weights(h, self.heads, self.kv_heads, self.head_dim)
-        return self.layers*(attention + (0 if self.experts else mlp_weights(h, f, gated)))
 
-    @property
-    def head_weights(self) -> int:
-        """Weights that every token meets in the head's products, tied or not.
+@patch(as_prop=True)
+def head_weights(a: Arch) -> int:
+    """Weights that every token meets in the head's products, tied or not.
 
-        BERT's pooler, next-sentence head and classifier see one token a sequence: they count as 0.
-        """
-        h, V, c = self.hidden, self.vocab, self.labels
-        return {"lm": h*V, "mlm": h*h + h*V, "mlm+nsp": h*h + h*V, "score": h*c}.get(self.head, 0)
+    BERT's pooler, next-sentence head and classifier see one token a sequence: they count as 0.
+    """
+    h, V, c = a.hidden, a.vocab, a.labels
+    return {"lm": h*V, "mlm": h*h + h*V, "mlm+nsp": h*h + h*V, "score": h*c}.get(a.head, 0)
 
-    @property
-    def matmul_parameters(self) -> int:
-        """Weights that one token meets in matrix products: the P of "6P FLOPs a token".
 
-        No biases, norms or looked-up tables; the head once, tied or not; of the experts only the active ones.
-        """
-        h, f, gated = self.hidden, self.ffn, self.family == "llama"
-        attention = attention_weights(h, self.heads, self.kv_heads, self.head_dim)
-        mlp = (self.experts_per_token if self.experts else 1)*mlp_weights(h, f, gated)
-        return self.layers*(attention + mlp + self.router_parameters) + self.head_weights
+@patch(as_prop=True)
+def matmul_parameters(a: Arch) -> int:
+    """Weights that one token meets in matrix products: the P of "6P FLOPs a token".
 
-    @property
-    def active_parameters(self) -> int:
-        """Parameters without the experts that a token does not visit ("47B total, 13B active")."""
-        idle = self.experts - self.experts_per_token
-        return self.parameters - self.layers*idle*self.expert_parameters
+    No biases, norms or looked-up tables; the head once, tied or not; of the experts only the active ones.
+    """
+    attention = attention_weights(a.hidden, a.heads, a.kv_heads, a.head_dim)
+    mlp = (a.experts_per_token if a.experts else 1)*mlp_weights(a.hidden, a.ffn, a.family == "llama")
+    return a.layers*(attention + mlp + a.router_parameters) + a.head_weights
+
+
+@patch(as_prop=True)
+def active_parameters(a: Arch) -> int:
+    """Parameters without the experts that a token does not visit ("47B total, 13B active")."""
+    return a.parameters - a.layers*(a.experts - a.experts_per_token)*a.expert_parameters
 
 # %% ../nbs/02_models.ipynb #models-026
 Shape = tuple[str, tuple[int, ...]]      # a tensor's name and shape
 
 
-def _linear(name: str, n_in: int, n_out: int, bias: bool = False) -> list[Shape]:
-    """An nn.Linear: it keeps its weight as out×in."""
-    return [(f"{name}.weight", (n_out, n_in))] + [(f"{name}.bias", (n_out,))]*bias
+def _linear(at: str, names: str, n_in: int, n_out: int, bias: bool = False) -> list[Shape]:
+    """nn.Linear modules of one size, whose names begin with `at`: each keeps its weight as out×in."""
+    return [s for x in names.split()
+            for s in [(f"{at}{x}.weight", (n_out, n_in))] + [(f"{at}{x}.bias", (n_out,))]*bias]
+
+
+def _norm(at: str, names: str, h: int, bias: bool = False) -> list[Shape]:
+    """RMSNorms, or (with a bias) LayerNorms."""
+    return [s for x in names.split() for s in [(f"{at}{x}.weight", (h,))] + [(f"{at}{x}.bias", (h,))]*bias]
 
 
 def _conv1d(name: str, n_in: int, n_out: int) -> list[Shape]:
     """GPT-2's Conv1D: a linear layer that keeps its weight as in×out."""
     return [(f"{name}.weight", (n_in, n_out)), (f"{name}.bias", (n_out,))]
 
-
-def _norm(name: str, h: int, bias: bool = False) -> list[Shape]:
-    """An RMSNorm, or (with a bias) a LayerNorm."""
-    return [(f"{name}.weight", (h,))] + [(f"{name}.bias", (h,))]*bias
-
 # %% ../nbs/02_models.ipynb #models-027
-def _llama_mlp(a: Fields, at: str) -> list[Shape]:
-    """A gated feed-forward layer, or a router and its experts, whose names begin with `at`."""
-    h, f, E = a.hidden, a.ffn, a.experts
-    if E:
-        return [(f"{at}.gate.weight", (E, h)), (f"{at}.experts.gate_up_proj", (E, 2*f, h)),
-                (f"{at}.experts.down_proj", (E, h, f))]
-    return [*_linear(f"{at}.gate_proj", h, f, a.mlp_bias), *_linear(f"{at}.up_proj", h, f, a.mlp_bias),
-            *_linear(f"{at}.down_proj", f, h, a.mlp_bias)]
-
-
-def _llama_block(a: Fields, at: str) -> list[Shape]:
+def _llama_block(a: Arch, at: str) -> list[Shape]:
     """Tensors of one Llama-like block, whose names begin with `at`."""
-    h, d, q, k, attn = a.hidden, a.head_dim, a.heads*a.head_dim, a.kv_heads*a.head_dim, f"{at}.self_attn"
-    shapes = [*_linear(f"{attn}.q_proj", h, q, a.qkv_bias), *_linear(f"{attn}.k_proj", h, k, a.qkv_bias),
-              *_linear(f"{attn}.v_proj", h, k, a.qkv_bias), *_linear(f"{attn}.o_proj", q, h, a.out_bias)]
-    if a.qk_norm: shapes += _norm(f"{attn}.q_norm", d) + _norm(f"{attn}.k_norm", d)
-    return [*shapes, *_llama_mlp(a, f"{at}.mlp"), *_norm(f"{at}.input_layernorm", h),
-            *_norm(f"{at}.post_attention_layernorm", h)]
+    h, f, d, E, attn, mlp = a.hidden, a.ffn, a.head_dim, a.experts, f"{at}self_attn.", f"{at}mlp."
+    shapes = [*_linear(attn, "q_proj", h, a.heads*d, a.qkv_bias),
+              *_linear(attn, "k_proj v_proj", h, a.kv_heads*d, a.qkv_bias),
+              *_linear(attn, "o_proj", a.heads*d, h, a.out_bias)]
+    if a.qk_norm: shapes += _norm(attn, "q_norm k_norm", d)
+    if E: shapes += [(f"{mlp}gate.weight", (E, h)), (f"{mlp}experts.gate_up_proj", (E, 2*f, h)),
+                     (f"{mlp}experts.down_proj", (E, h, f))]
+    else: shapes += [*_linear(mlp, "gate_proj up_proj", h, f, a.mlp_bias),
+                     *_linear(mlp, "down_proj", f, h, a.mlp_bias)]
+    return shapes + _norm(at, "input_layernorm post_attention_layernorm", h)
 
 
-def _causal_head(a: Fields) -> list[Shape]:
-    """Tensors that a Llama's or a GPT-2's class adds."""
-    lm = [] if a.tied else _linear("lm_head", a.hidden, a.vocab)
-    return {"lm": lm, "score": _linear("score", a.hidden, a.labels), "none": []}[a.head]
-
-
-def _llama_shapes(a: Fields) -> list[Shape]:
-    """Tensors of a Llama-like model."""
-    at, h = "" if a.head == "none" else "model.", a.hidden
-    blocks = [s for i in range(a.layers) for s in _llama_block(a, f"{at}layers.{i}")]
-    return [(f"{at}embed_tokens.weight", (a.vocab, h)), *blocks, *_norm(f"{at}norm", h), *_causal_head(a)]
-
-# %% ../nbs/02_models.ipynb #models-028
-def _gpt2_block(a: Fields, at: str) -> list[Shape]:
+def _gpt2_block(a: Arch, at: str) -> list[Shape]:
     """Tensors of one GPT-2 block, whose names begin with `at`."""
     h, f = a.hidden, a.ffn
-    return [*_norm(f"{at}.ln_1", h, True), *_conv1d(f"{at}.attn.c_attn", h, 3*h),
-            *_conv1d(f"{at}.attn.c_proj", h, h), *_norm(f"{at}.ln_2", h, True),
-            *_conv1d(f"{at}.mlp.c_fc", h, f), *_conv1d(f"{at}.mlp.c_proj", f, h)]
+    return [*_norm(at, "ln_1", h, True), *_conv1d(f"{at}attn.c_attn", h, 3*h),
+            *_conv1d(f"{at}attn.c_proj", h, h), *_norm(at, "ln_2", h, True),
+            *_conv1d(f"{at}mlp.c_fc", h, f), *_conv1d(f"{at}mlp.c_proj", f, h)]
 
 
-def _gpt2_shapes(a: Fields) -> list[Shape]:
-    """Tensors of a GPT-2 model."""
-    at, h = "" if a.head == "none" else "transformer.", a.hidden
-    tables = [(f"{at}wte.weight", (a.vocab, h)), (f"{at}wpe.weight", (a.max_positions, h))]
-    blocks = [s for i in range(a.layers) for s in _gpt2_block(a, f"{at}h.{i}")]
-    return [*tables, *blocks, *_norm(f"{at}ln_f", h, True), *_causal_head(a)]
-
-# %% ../nbs/02_models.ipynb #models-029
-def _bert_block(a: Fields, at: str) -> list[Shape]:
+def _bert_block(a: Arch, at: str) -> list[Shape]:
     """Tensors of one BERT block, whose names begin with `at`."""
-    h, f, attn = a.hidden, a.ffn, f"{at}.attention"
-    qkv = [s for x in ("query", "key", "value") for s in _linear(f"{attn}.self.{x}", h, h, True)]
-    return [*qkv, *_linear(f"{attn}.output.dense", h, h, True), *_norm(f"{attn}.output.LayerNorm", h, True),
-            *_linear(f"{at}.intermediate.dense", h, f, True),
-            *_linear(f"{at}.output.dense", f, h, True), *_norm(f"{at}.output.LayerNorm", h, True)]
+    h, f, attn = a.hidden, a.ffn, f"{at}attention."
+    return [*_linear(attn, "self.query self.key self.value output.dense", h, h, True),
+            *_norm(attn, "output.LayerNorm", h, True), *_linear(at, "intermediate.dense", h, f, True),
+            *_linear(at, "output.dense", f, h, True), *_norm(at, "output.LayerNorm", h, True)]
+
+# %% ../nbs/02_models.ipynb #models-028
+def _ends(a: Arch, at: str) -> tuple[list[Shape], list[Shape]]:
+    """Tensors of the base model before its blocks and after them."""
+    h, V, P = a.hidden, a.vocab, a.max_positions
+    if a.family == "llama": return [(f"{at}embed_tokens.weight", (V, h))], _norm(at, "norm", h)
+    if a.family == "gpt2":
+        return [(f"{at}wte.weight", (V, h)), (f"{at}wpe.weight", (P, h))], _norm(at, "ln_f", h, True)
+    tables = [(f"{at}embeddings.{x}_embeddings.weight", (rows, h))
+              for x, rows in (("word", V), ("position", P), ("token_type", a.token_types))]
+    tables += _norm(f"{at}embeddings.", "LayerNorm", h, True)
+    return tables, _linear(at, "pooler.dense", h, h, True)*a.pooler
 
 
-def _bert_head(a: Fields) -> list[Shape]:
-    """Tensors of the heads that BERT's classes add."""
-    h, V, at = a.hidden, a.vocab, "cls.predictions"
-    mlm = [(f"{at}.bias", (V,)), *_linear(f"{at}.transform.dense", h, h, True),
-           *_norm(f"{at}.transform.LayerNorm", h, True)]
-    if not a.tied: mlm += _linear(f"{at}.decoder", h, V, True)
-    return {"none": [], "mlm": mlm, "mlm+nsp": mlm + _linear("cls.seq_relationship", h, 2, True),
-            "classifier": _linear("classifier", h, a.labels, True)}[a.head]
-
-
-def _bert_shapes(a: Fields) -> list[Shape]:
-    """Tensors of a BERT model."""
-    at, h, to = "" if a.head == "none" else "bert.", a.hidden, "embeddings"
-    sizes = {"word": a.vocab, "position": a.max_positions, "token_type": a.token_types}
-    tables = [(f"{at}{to}.{table}_embeddings.weight", (rows, h)) for table, rows in sizes.items()]
-    blocks = [s for i in range(a.layers) for s in _bert_block(a, f"{at}encoder.layer.{i}")]
-    pooler = _linear(f"{at}pooler.dense", h, h, True) if a.pooler else []
-    return [*tables, *_norm(f"{at}{to}.LayerNorm", h, True), *blocks, *pooler, *_bert_head(a)]
+def _head(a: Arch) -> list[Shape]:
+    """Tensors that the named class adds to the base model."""
+    h, V, at = a.hidden, a.vocab, "cls.predictions."
+    mlm = [(f"{at}bias", (V,)), *_linear(at, "transform.dense", h, h, True),
+           *_norm(at, "transform.LayerNorm", h, True), *_linear(at, "decoder", h, V, True)*(not a.tied)]
+    return {"none": [], "lm": _linear("", "lm_head", h, V)*(not a.tied), "mlm": mlm,
+            "mlm+nsp": mlm + _linear("", "cls.seq_relationship", h, 2, True),
+            "score": _linear("", "score", h, a.labels),
+            "classifier": _linear("", "classifier", h, a.labels, True)}[a.head]
 
 # %% ../nbs/02_models.ipynb #models-030
-_BYTES = {"float32": 4, "int64": 8}      # of one element
+_NAMES = {"llama": ("model.", "layers", _llama_block), "gpt2": ("transformer.", "h", _gpt2_block),
+          "bert": ("bert.", "encoder.layer", _bert_block)}      # names of the base model and of its blocks
 
 
-class Arch(Rules):
-    """A model's architecture: the config's fields, and all that follows from them. Made by `arch`."""
+@patch
+def parameter_shapes(a: Arch) -> list[Shape]:
+    """(name, shape) of each parameter, in `model.named_parameters()` order; a shared tensor once."""
+    base, blocks, block = _NAMES[a.family]
+    at = "" if a.head == "none" else base
+    before, after = _ends(a, at)
+    inside = [s for i in range(a.layers) for s in block(a, f"{at}{blocks}.{i}.")]
+    return [*before, *inside, *after, *_head(a)]
 
-    def parameter_shapes(self) -> list[Shape]:
-        """(name, shape) of each parameter, in `model.named_parameters()` order; a shared tensor once."""
-        return {"llama": _llama_shapes, "gpt2": _gpt2_shapes, "bert": _bert_shapes}[self.family](self)
 
-    def buffer_shapes(self) -> list[tuple[str, tuple[int, ...], str, bool]]:
-        """(name, shape, dtype, persistent) of each buffer, in `model.named_buffers()` order.
+@patch
+def buffer_shapes(a: Arch) -> list[tuple[str, tuple[int, ...], str, bool]]:
+    """(name, shape, dtype, persistent) of each buffer, in `model.named_buffers()` order.
 
-        Buffers are tensors that are not parameters. dtype is the one at creation: `model.to(dtype)` casts
-        floating-point buffers as well. The same in transformers 5.17 and 5.23.
-        """
-        if self.family == "llama":
-            at, shape = "" if self.head == "none" else "model.", (self.head_dim//2,)
-            return [(f"{at}rotary_emb.{x}inv_freq", shape, "float32", False) for x in ("", "original_")]
-        if self.family == "bert":
-            at, shape = "" if self.head == "none" else "bert.", (1, self.max_positions)
-            return [(f"{at}embeddings.{x}_ids", shape, "int64", False) for x in ("position", "token_type")]
-        return []
+    Buffers are tensors that are not parameters. dtype is the one at creation: `model.to(dtype)` casts
+    floating-point buffers as well. The same in transformers 5.17 and 5.23.
+    """
+    at = "" if a.head == "none" else _NAMES[a.family][0]
+    return {"gpt2": [], "llama": [(f"{at}rotary_emb.{x}inv_freq", (a.head_dim//2,), "float32", False)
+                                  for x in ("", "original_")],
+            "bert": [(f"{at}embeddings.{x}_ids", (1, a.max_positions), "int64", False)
+                     for x in ("position", "token_type")]}[a.family]
 
-    @property
-    def buffers(self) -> dict[str, int]:
-        """dtype → bytes of all buffers of that dtype, persistent (saved with the weights) or not."""
-        total: dict[str, int] = {}
-        for _, shape, dtype, _ in self.buffer_shapes():
-            total[dtype] = total.get(dtype, 0) + _BYTES[dtype]*shape[-1]
-        return total
+
+@patch(as_prop=True)
+def buffers(a: Arch) -> dict[str, int]:
+    """dtype → bytes of all buffers of that dtype, persistent (saved with the weights) or not."""
+    total: dict[str, int] = {}
+    for _, shape, dtype, _ in a.buffer_shapes():
+        total[dtype] = total.get(dtype, 0) + {"float32": 4, "int64": 8}[dtype]*shape[-1]
+    return total
 
 # %% ../nbs/02_models.ipynb #models-034
 _PREFIX = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -360,6 +345,13 @@ def classes(model_type: str) -> dict[str, str]:
     """The classes of a model_type that are counted here → their kind of head; the usual one first."""
     return {_PREFIX[model_type] + suffix: head for suffix, head in _HEADS[_family(model_type)].items()}
 
+# %% ../nbs/02_models.ipynb #models-034a
+_LIMITS = dict(      # more than that is a slip of the pen
+    hidden_size=2**20, n_embd=2**20, num_hidden_layers=10_000, n_layer=10_000, num_attention_heads=2**16,
+    n_head=2**16, num_key_value_heads=2**16, head_dim=2**16, intermediate_size=2**24, n_inner=2**24,
+    vocab_size=2**26, type_vocab_size=2**26, max_position_embeddings=2**32, n_positions=2**32,
+    sliding_window=2**32, num_local_experts=2**16, num_experts_per_tok=2**16, num_labels=2**24)
+
 # %% ../nbs/02_models.ipynb #models-035
 @dataclass(frozen=True)
 class _Config:
@@ -372,8 +364,8 @@ class _Config:
         shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
         return ValueError(f"{self.where}: {key} is {shown}{rest}")
 
-    def integer(self, *keys: str, high: int, default: int | None = None, null: bool = False) -> int:
-        """A whole number from 1 to `high`, under any of its names.
+    def integer(self, *keys: str, default: int | None = None, null: bool = False) -> int:
+        """A whole number from 1 to its limit, under any of its names.
 
         Missing: the default, or an error. null: the same where `null` says so, as transformers does.
         """
@@ -383,6 +375,7 @@ class _Config:
             raise ValueError(f"{self.where}: {keys[0]} is missing. The size of the model depends on it, so "
                              "it is not guessed: add it.")
         (key, value), *others = given.items()
+        high = _LIMITS[keys[0]]
         if type(value) is not int or not 1 <= value <= high:
             raise self.error(key, value, f"; accepted is a whole number from 1 to {high:,}.")
         for other, second in others:
@@ -452,8 +445,6 @@ def _refuse_unmodelled(c: _Config, family: str) -> None:
             raise c.error(key, value, f", which is not modelled: {why}. Accepted is {json.dumps(harmless)}.")
 
 # %% ../nbs/02_models.ipynb #models-038
-_LIMITS = dict(hidden=2**20, layers=10_000, heads=2**16, head_dim=2**16, ffn=2**24, vocab=2**26,
-               positions=2**32, experts=2**16, labels=2**24)     # more than that is a slip of the pen
 _ACTIVATIONS = ("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python",
                 "gelu_pytorch_tanh", "hardswish", "leaky_relu", "linear", "mish", "quick_gelu", "relu",
                 "relu2", "relu6", "sigmoid", "silu", "swish", "tanh")
@@ -472,7 +463,7 @@ def _labels(c: _Config) -> int:
     names = c.values.get("id2label")
     if names is not None and (not isinstance(names, Mapping) or not names):
         raise c.error("id2label", names, "; accepted is an object with a name for each class.")
-    count = c.integer("num_labels", high=_LIMITS["labels"], default=len(names) if names else 2, null=True)
+    count = c.integer("num_labels", default=len(names) if names else 2, null=True)
     if names and count != len(names):
         raise c.error("num_labels", count, f", but id2label has {len(names)} names. Keep one.")
     return count
@@ -506,9 +497,9 @@ def _rope(c: _Config, theta: float) -> tuple[float, str]:
 # %% ../nbs/02_models.ipynb #models-041
 def _heads(c: _Config, m: str, h: int) -> dict[str, int]:
     """n, kv and d of a Llama-like model, with each class's defaults and its rules."""
-    n = c.integer("num_attention_heads", high=_LIMITS["heads"])
+    n = c.integer("num_attention_heads")
     absent = "num_key_value_heads" not in c.values      # null says: as many as query heads
-    kv = c.integer("num_key_value_heads", high=_LIMITS["heads"], null=m not in ("mistral", "mixtral"),
+    kv = c.integer("num_key_value_heads", null=m not in ("mistral", "mixtral"),
                    default=absent and _DEFAULTS[m]["kv"] or n)
     if n % kv:
         default = f" (the config does not say; {kv} is transformers' default for {m})" if absent else ""
@@ -516,8 +507,7 @@ def _heads(c: _Config, m: str, h: int) -> dict[str, int]:
     implied = m != "qwen3" and c.values.get("head_dim") is None
     if h % n and (implied or m == "llama"):
         raise c.error("num_attention_heads", n, f"; accepted is a divisor of hidden_size, {h}.")
-    d = c.integer("head_dim", high=_LIMITS["head_dim"], null=m != "qwen3",
-                  default=128 if m == "qwen3" else h//n)
+    d = c.integer("head_dim", null=m != "qwen3", default=128 if m == "qwen3" else h//n)
     if d % 2: raise c.error("head_dim", d, "; accepted is an even number: rotary embeddings turn pairs.")
     return dict(heads=n, kv_heads=kv, head_dim=d)
 
@@ -529,7 +519,7 @@ def _window(c: _Config, m: str) -> int | None:
     """The sliding window in tokens, or None."""
     if m == "llama" or m in _QWEN and not c.flag("use_sliding_window", False): return None
     if "sliding_window" not in c.values: return _DEFAULTS[m]["window"]
-    return c.integer("sliding_window", high=_LIMITS["positions"], null=True, default=0) or None
+    return c.integer("sliding_window", null=True, default=0) or None
 
 
 def _sliding(c: _Config, m: str, L: int) -> dict[str, Any]:
@@ -555,47 +545,44 @@ def _sliding(c: _Config, m: str, L: int) -> dict[str, Any]:
 # %% ../nbs/02_models.ipynb #models-043
 def _experts(c: _Config) -> dict[str, int]:
     """Experts of a Mixtral: how many there are, and how many a token visits."""
-    E = c.integer("num_local_experts", "num_experts", high=_LIMITS["experts"], default=8)
-    k = c.integer("num_experts_per_tok", high=_LIMITS["experts"], default=2)
+    E = c.integer("num_local_experts", "num_experts", default=8)
+    k = c.integer("num_experts_per_tok", default=2)
     if k > E: raise c.error("num_experts_per_tok", k, f"; accepted is at most num_local_experts, {E}.")
     return dict(experts=E, experts_per_token=k)
 
 
 def _read_llama(c: _Config, m: str) -> dict[str, Any]:
     """Fields of a Llama-like config."""
-    h = c.integer("hidden_size", high=_LIMITS["hidden"])
-    L = c.integer("num_hidden_layers", high=_LIMITS["layers"])
+    h = c.integer("hidden_size")
+    L = c.integer("num_hidden_layers")
     bias = c.flag("attention_bias", False) and m in ("llama", "qwen3")    # the others ignore the field
     theta, kind = _rope(c, _DEFAULTS[m]["theta"])
     return dict(
-        hidden=h, layers=L, **_heads(c, m, h), ffn=c.integer("intermediate_size", high=_LIMITS["ffn"]),
-        vocab=c.integer("vocab_size", high=_LIMITS["vocab"]),
-        max_positions=c.integer("max_position_embeddings", high=_LIMITS["positions"],
-                                default=_DEFAULTS[m]["positions"]),
+        hidden=h, layers=L, **_heads(c, m, h), ffn=c.integer("intermediate_size"),
+        vocab=c.integer("vocab_size"),
+        max_positions=c.integer("max_position_embeddings", default=_DEFAULTS[m]["positions"]),
         tied=c.flag("tie_word_embeddings", False), qkv_bias=bias or m == "qwen2", out_bias=bias,
         mlp_bias=c.flag("mlp_bias", False) and m == "llama", qk_norm=m == "qwen3", **_sliding(c, m, L),
         activation=_activation(c, "hidden_act", "silu"), rope_theta=theta, rope_type=kind,
         attention_dropout=c.fraction("attention_dropout", 0.0), **(_experts(c) if m == "mixtral" else {}))
 
 # %% ../nbs/02_models.ipynb #models-044
-def _read_old(c: _Config, keys: dict[str, tuple[str, ...]], n_inner: bool) -> dict[str, Any]:
+def _read_old(c: _Config, names: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     """Fields that GPT-2 and BERT share: heads of h/n, as many keys as queries, biases, learned positions."""
-    size = {field: c.integer(*names, high=_LIMITS[field]) for field, names in keys.items()}
-    h, n = size["hidden"], size.pop("heads")
-    if h % n: raise c.error(keys["heads"][0], n, f"; accepted is a divisor of {keys['hidden'][0]}, {h}.")
-    ffn = c.integer("n_inner", high=_LIMITS["ffn"], default=4*h, null=True) if n_inner else size.pop("ffn")
-    return dict(size, max_positions=size.pop("positions"), ffn=ffn, heads=n, kv_heads=n, head_dim=h//n,
-                tied=c.flag("tie_word_embeddings", True), qkv_bias=True, out_bias=True, mlp_bias=True,
-                qk_norm=False)
+    size = {field: c.integer(*keys) for field, keys in names.items()}
+    h, n = size["hidden"], size["heads"]
+    if h % n: raise c.error(names["heads"][0], n, f"; accepted is a divisor of {names['hidden'][0]}, {h}.")
+    if "ffn" not in size: size["ffn"] = c.integer("n_inner", default=4*h, null=True)
+    return dict(size, kv_heads=n, head_dim=h//n, tied=c.flag("tie_word_embeddings", True), qkv_bias=True,
+                out_bias=True, mlp_bias=True, qk_norm=False)
 
 
 def _read_gpt2(c: _Config, m: str) -> dict[str, Any]:
     """Fields of a GPT-2 config; transformers takes its names (n_embd) and the common ones (hidden_size)."""
-    keys = {"hidden": ("n_embd", "hidden_size"), "layers": ("n_layer", "num_hidden_layers"),
-            "heads": ("n_head", "num_attention_heads"), "vocab": ("vocab_size",),
-            "positions": ("n_positions", "max_position_embeddings")}
-    return dict(_read_old(c, keys, n_inner=True),
-                activation=_activation(c, "activation_function", "gelu_new"),
+    names = dict(hidden=("n_embd", "hidden_size"), layers=("n_layer", "num_hidden_layers"),
+                 heads=("n_head", "num_attention_heads"), vocab=("vocab_size",),
+                 max_positions=("n_positions", "max_position_embeddings"))
+    return dict(_read_old(c, names), activation=_activation(c, "activation_function", "gelu_new"),
                 hidden_dropout=c.fraction("resid_pdrop", 0.1),
                 attention_dropout=c.fraction("attn_pdrop", 0.1),
                 embedding_dropout=c.fraction("embd_pdrop", 0.1))
@@ -603,14 +590,13 @@ def _read_gpt2(c: _Config, m: str) -> dict[str, Any]:
 
 def _read_bert(c: _Config, m: str) -> dict[str, Any]:
     """Fields of a BERT config."""
-    keys = {"hidden": ("hidden_size",), "layers": ("num_hidden_layers",), "heads": ("num_attention_heads",),
-            "ffn": ("intermediate_size",), "vocab": ("vocab_size",),
-            "positions": ("max_position_embeddings",)}
+    names = dict(hidden=("hidden_size",), layers=("num_hidden_layers",), heads=("num_attention_heads",),
+                 ffn=("intermediate_size",), vocab=("vocab_size",),
+                 max_positions=("max_position_embeddings",))
     dropout = c.fraction("hidden_dropout_prob", 0.1)
-    return dict(_read_old(c, keys, n_inner=False), activation=_activation(c, "hidden_act", "gelu"),
-                token_types=c.integer("type_vocab_size", high=_LIMITS["vocab"], default=2),
-                hidden_dropout=dropout, embedding_dropout=dropout,
-                attention_dropout=c.fraction("attention_probs_dropout_prob", 0.1))
+    return dict(_read_old(c, names), activation=_activation(c, "hidden_act", "gelu"),
+                token_types=c.integer("type_vocab_size", default=2), hidden_dropout=dropout,
+                embedding_dropout=dropout, attention_dropout=c.fraction("attention_probs_dropout_prob", 0.1))
 
 # %% ../nbs/02_models.ipynb #models-045
 def _from_config(values: Mapping[str, Any], where: str, name: str = "", **known: Any) -> Arch:
@@ -629,154 +615,31 @@ def _from_config(values: Mapping[str, Any], where: str, name: str = "", **known:
 # %% ../nbs/02_models.ipynb #models-047
 @dataclass(frozen=True)
 class Known:
-    """A published model: its config, where it was read (keys of `SOURCES`), and what could not be."""
+    """A published model: its config, the places where it was read, what could not be, where copies differ."""
     config: dict[str, Any]
     sources: tuple[str, ...]
     unverified: tuple[str, ...] = ()
+    note: str = ""
 
 
-SOURCES = {  # each opened and read in November 2026, at the commit given
-    "litgpt": "github.com/Lightning-AI/litgpt litgpt/config.py @2685705 (2026-06-29)",
-    "mlc": "github.com/mlc-ai/mlc-llm python/mlc_llm/model/model_preset.py @79d603f (2026-07-23)",
-    "torchtune": "github.com/pytorch/torchtune torchtune/models/*/_model_builders.py @bd2a0fc (2026-04-23)",
-    "meta": "github.com/meta-llama/llama-models models/sku_list.py @8c88b8c (2025-02-12)",
-    "nemo": "github.com/NVIDIA/NeMo nemo/collections/llm/gpt/model/qwen2.py @03823d2",
-    "llm-analysis": "github.com/cli99/llm-analysis llm_analysis/model_configs/*.json @d841e40 (2024-11-13)",
-    "calculator": "github.com/scottlogic-alex/llm-memory-calculator packages/lib/src/llama-models.ts "
-                  "@1f16251",
-    "nanogpt": "github.com/karpathy/nanoGPT model.py @3adf61e (2025-11-12)",
-    "google": "github.com/google-research/bert README.md @eedf571 (2020-03-11)",
-    "transformers": "transformers 5.23.0 configuration_bert.py, whose defaults are bert-base-uncased's",
-    "llama.cpp": "github.com/ggml-org/llama.cpp pull request 6587: metadata of the weights (2024-04-10)",
-    "i6": "github.com/rwth-i6/i6_experiments users/juanola/experiments/e25_11_13_ctc/configurations/qwen2/"
-          "qwen2_configs.py",
-}
+class _Models(Mapping[str, Known]):
+    """Name → known model, by family. The file is read at the first use."""
 
-# %% ../nbs/02_models.ipynb #models-048
-def _llama(h: int, L: int, n: int, kv: int, f: int, V: int, positions: int, theta: float = 10_000.0,
-           model_type: str = "llama", **more: Any) -> dict[str, Any]:
-    """A Llama-like config from the field's letters."""
-    return dict(model_type=model_type, architectures=[_PREFIX[model_type] + "ForCausalLM"], hidden_size=h,
-                num_hidden_layers=L, num_attention_heads=n, num_key_value_heads=kv, intermediate_size=f,
-                vocab_size=V, max_position_embeddings=positions, rope_theta=theta, **more)
+    @cached_property
+    def _entries(self) -> dict[str, Known]:
+        facts = json.loads((Path(nbs_lib.__path__[0])/"data/models.json").read_text(encoding="utf-8"))
+        cite = {key: s["where"] + (f" @{s['commit']}" if "commit" in s else "")
+                + (f" ({s['date']})" if "date" in s else "") for key, s in facts["sources"].items()}
+        return {name: Known(e["config"], tuple(cite[key] for key in e["sources"]),
+                            tuple(e.get("unverified", ())), e.get("note", ""))
+                for name, e in facts["models"].items()}
+
+    def __getitem__(self, name: str) -> Known: return self._entries[name]
+    def __iter__(self) -> Iterator[str]: return iter(self._entries)
+    def __len__(self) -> int: return len(self._entries)
 
 
-def _gpt2(h: int, L: int, n: int) -> dict[str, Any]:
-    """A config of OpenAI's GPT-2."""
-    return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=h, n_layer=L, n_head=n,
-                vocab_size=50257, n_positions=1024)
-
-
-def _bert(h: int, L: int, n: int, f: int, V: int) -> dict[str, Any]:
-    """A config of Google's BERT."""
-    return dict(model_type="bert", architectures=["BertForMaskedLM"], hidden_size=h, num_hidden_layers=L,
-                num_attention_heads=n, intermediate_size=f, vocab_size=V, max_position_embeddings=512,
-                type_vocab_size=2)
-
-# %% ../nbs/02_models.ipynb #models-049
-MODELS: dict[str, Known] = {
-    "gpt2": Known(_gpt2(768, 12, 12), ("nanogpt", "mlc")),
-    "gpt2-medium": Known(_gpt2(1024, 24, 16), ("nanogpt", "mlc")),
-    "gpt2-large": Known(_gpt2(1280, 36, 20), ("nanogpt",)),
-    "gpt2-xl": Known(_gpt2(1600, 48, 25), ("nanogpt",)),
-    "bert-base-cased": Known(_bert(768, 12, 12, 3072, 28996), ("google", "llm-analysis")),
-    "bert-base-uncased": Known(_bert(768, 12, 12, 3072, 30522), ("transformers", "google", "llm-analysis")),
-    "bert-large-cased": Known(_bert(1024, 24, 16, 4096, 28996), ("google", "llm-analysis"),
-                              unverified=("vocab_size",)),
-    "bert-large-uncased": Known(_bert(1024, 24, 16, 4096, 30522), ("google", "llm-analysis")),
-    "llama-7b": Known(_llama(4096, 32, 32, 32, 11008, 32000, 2048), ("calculator", "llm-analysis")),
-    "llama-13b": Known(_llama(5120, 40, 40, 40, 13824, 32000, 2048), ("calculator", "llm-analysis")),
-    "llama-30b": Known(_llama(6656, 60, 52, 52, 17920, 32000, 2048), ("calculator", "llm-analysis")),
-    "llama-65b": Known(_llama(8192, 80, 64, 64, 22016, 32000, 2048), ("calculator", "llm-analysis")),
-    # max_position_embeddings is litgpt's and torchtune's 4,096; mlc's copy says 2,048
-    "llama-2-7b": Known(_llama(4096, 32, 32, 32, 11008, 32000, 4096), ("litgpt", "torchtune", "mlc")),
-    "llama-2-13b": Known(_llama(5120, 40, 40, 40, 13824, 32000, 4096), ("litgpt", "torchtune", "mlc")),
-    "llama-2-70b": Known(_llama(8192, 80, 64, 8, 28672, 32000, 4096), ("litgpt", "torchtune", "mlc")),
-}
-
-# %% ../nbs/02_models.ipynb #models-050
-def _llama31(h: int, L: int, n: int, f: int, factor: float, tied: bool) -> dict[str, Any]:
-    """A config of Llama 3.1 or 3.2: 8 key/value heads, 131,072 positions by scaled rotary embeddings."""
-    scaling = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=8192)
-    return _llama(h, L, n, 8, f, 128256, 131072, 5e5, rope_scaling=scaling, tie_word_embeddings=tied)
-
-
-_LLAMA3 = ("litgpt", "meta", "torchtune")
-MODELS |= {
-    "llama-3-8b": Known(_llama(4096, 32, 32, 8, 14336, 128256, 8192, 5e5), _LLAMA3),
-    "llama-3-70b": Known(_llama(8192, 80, 64, 8, 28672, 128256, 8192, 5e5), _LLAMA3),
-    "llama-3.1-8b": Known(_llama31(4096, 32, 32, 14336, 8.0, False), (*_LLAMA3, "mlc")),
-    "llama-3.1-70b": Known(_llama31(8192, 80, 64, 28672, 8.0, False), (*_LLAMA3, "mlc")),
-    "llama-3.1-405b": Known(_llama31(16384, 126, 128, 53248, 8.0, False), _LLAMA3),
-    "llama-3.2-1b": Known(_llama31(2048, 16, 32, 8192, 32.0, True), (*_LLAMA3, "mlc")),
-    "llama-3.2-3b": Known(_llama31(3072, 28, 24, 8192, 32.0, True), (*_LLAMA3, "mlc")),
-    "smollm2-135m": Known(_llama(576, 30, 9, 3, 1536, 49152, 8192, 1e5, tie_word_embeddings=True),
-                          ("litgpt", "mlc")),
-    "smollm2-360m": Known(_llama(960, 32, 15, 5, 2560, 49152, 8192, 1e5, tie_word_embeddings=True),
-                          ("litgpt", "mlc")),
-    "smollm2-1.7b": Known(_llama(2048, 24, 32, 32, 8192, 49152, 8192, 1.3e5, tie_word_embeddings=True),
-                          ("litgpt", "torchtune")),
-}
-
-# %% ../nbs/02_models.ipynb #models-051
-def _mistral(V: int, theta: float, window: int | None) -> dict[str, Any]:
-    """A config of Mistral-7B."""
-    return _llama(4096, 32, 32, 8, 14336, V, 32768, theta, "mistral", sliding_window=window)
-
-
-def _mixtral(h: int, L: int, n: int, f: int, V: int, positions: int) -> dict[str, Any]:
-    """A config of Mixtral: 8 experts, 2 of them for each token."""
-    return _llama(h, L, n, 8, f, V, positions, 1e6, "mixtral", num_local_experts=8, num_experts_per_tok=2,
-                  sliding_window=None)
-
-
-MODELS |= {
-    # max_position_embeddings is mlc's and torchtune's 32,768; litgpt writes the window, 4,096, in its place
-    "mistral-7b-v0.1": Known(_mistral(32000, 1e4, 4096), ("mlc", "torchtune", "litgpt")),
-    "mistral-7b-v0.3": Known(_mistral(32768, 1e6, None), ("mlc", "litgpt")),
-    "mixtral-8x7b": Known(_mixtral(4096, 32, 32, 14336, 32000, 32768), ("mlc", "litgpt")),
-    # the base model's vocabulary is 32,000; the Instruct model's, which litgpt gives for both, 32,768
-    "mixtral-8x22b": Known(_mixtral(6144, 56, 48, 16384, 32000, 65536), ("llama.cpp", "litgpt")),
-}
-
-# %% ../nbs/02_models.ipynb #models-052
-def _qwen2(h: int, L: int, n: int, kv: int, f: int, V: int, positions: int,
-           tied: bool = False) -> dict[str, Any]:
-    """A config of Qwen2 or Qwen2.5."""
-    return _llama(h, L, n, kv, f, V, positions, 1e6, "qwen2", tie_word_embeddings=tied)
-
-
-_POSITIONS = ("max_position_embeddings",)      # copies differ between the base and the Instruct model
-_QWEN2, _QWEN25 = ("nemo", "torchtune", "mlc"), ("litgpt", "torchtune")
-MODELS |= {
-    "qwen2-0.5b": Known(_qwen2(896, 24, 14, 2, 4864, 151936, 131072, True), ("i6", *_QWEN2)),
-    "qwen2-1.5b": Known(_qwen2(1536, 28, 12, 2, 8960, 151936, 131072, True), _QWEN2, unverified=_POSITIONS),
-    "qwen2-7b": Known(_qwen2(3584, 28, 28, 4, 18944, 152064, 131072), _QWEN2, unverified=_POSITIONS),
-    "qwen2-72b": Known(_qwen2(8192, 80, 64, 8, 29568, 152064, 131072), ("nemo",), unverified=_POSITIONS),
-    "qwen2.5-0.5b": Known(_qwen2(896, 24, 14, 2, 4864, 151936, 32768, True), _QWEN25),
-    "qwen2.5-1.5b": Known(_qwen2(1536, 28, 12, 2, 8960, 151936, 131072, True), _QWEN25),
-    "qwen2.5-3b": Known(_qwen2(2048, 36, 16, 2, 11008, 151936, 32768, True), (*_QWEN25, "mlc")),
-    "qwen2.5-7b": Known(_qwen2(3584, 28, 28, 4, 18944, 152064, 131072), _QWEN25),
-    "qwen2.5-14b": Known(_qwen2(5120, 48, 40, 8, 13824, 152064, 131072), _QWEN25),
-    "qwen2.5-32b": Known(_qwen2(5120, 64, 40, 8, 27648, 152064, 131072), _QWEN25),
-    "qwen2.5-72b": Known(_qwen2(8192, 80, 64, 8, 29568, 152064, 131072), _QWEN25),
-}
-
-# %% ../nbs/02_models.ipynb #models-053
-def _qwen3(h: int, L: int, n: int, f: int, tied: bool = False) -> dict[str, Any]:
-    """A config of Qwen3: heads of 128 whatever the width, 8 of them for keys and values."""
-    return _llama(h, L, n, 8, f, 151936, 40960, 1e6, "qwen3", head_dim=128, tie_word_embeddings=tied)
-
-
-MODELS |= {
-    "qwen3-0.6b": Known(_qwen3(1024, 28, 16, 3072, True), ("litgpt", "torchtune", "mlc")),
-    "qwen3-1.7b": Known(_qwen3(2048, 28, 16, 6144, True), ("litgpt", "torchtune", "mlc")),
-    "qwen3-4b": Known(_qwen3(2560, 36, 32, 9728, True), ("litgpt", "torchtune")),
-    "qwen3-8b": Known(_qwen3(4096, 36, 32, 12288), ("litgpt", "torchtune")),
-    "qwen3-14b": Known(_qwen3(5120, 40, 40, 17408), ("litgpt", "torchtune")),
-    "qwen3-32b": Known(_qwen3(5120, 64, 64, 25600), ("litgpt", "torchtune")),
-}
+MODELS: Mapping[str, Known] = _Models()
 
 # %% ../nbs/02_models.ipynb #models-055
 _OWNERS = ("meta-llama", "huggyllama", "openai-community", "google-bert", "mistralai", "qwen",
@@ -849,7 +712,7 @@ def arch(model: str | os.PathLike[str] | Mapping[str, Any] | Arch | Any) -> Arch
             name, notes = found
             known = MODELS[name]
             notes += tuple(f"{field} is unverified" for field in known.unverified)
-            return _from_config(known.config, name, name, source="; ".join(SOURCES[s] for s in known.sources),
+            return _from_config(known.config, name, name, source="; ".join(known.sources),
                                 unverified=known.unverified, notes=notes)
         is_path = model.strip() and (os.path.exists(model) or model.endswith(".json") or model[0] in "./~")
         if not is_path: raise _unknown(model)

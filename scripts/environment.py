@@ -196,8 +196,12 @@ def main() -> None:
             shutil.rmtree(VENV, ignore_errors=True)
             give_up(f"pip could not install what the course needs (pip {' '.join(step)}).",
                     "read pip's message above; the network, the package index (`pip config list`) and the disk are the usual causes.")
-    link_kernel = [VENV / "bin" / "python", "-m", "ipykernel", "install", "--sys-prefix", "--name", "scaling-measured", "--display-name", "Scaling, Measured"]
-    subprocess.run(link_kernel, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kernel = [VENV / "bin" / "python", "-m", "ipykernel", "install", "--sys-prefix", "--name", "scaling-measured", "--display-name", "Scaling, Measured"]
+    subprocess.run(kernel, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # JupyterLab asks at its first start whether it may fetch news; a course that works unplugged answers for it.
+    overrides = VENV / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+    overrides.parent.mkdir(parents=True, exist_ok=True)
+    overrides.write_text(json.dumps({"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}))
     STAMP.write_text(json.dumps({"fingerprint": mark, "python": sys.version.split()[0], "kept": kept}, indent=1))
     say("Environment: ready")
 

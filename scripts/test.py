@@ -58,7 +58,7 @@ def main() -> int:
     report("the site is built", *run([sys.executable, "-m", "nbs_lib.course.cli", "build", "--out", "_site"]))
 
     print("\npytest", flush=True)
-    ok, _, seconds = run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--site", "_site", "--durations", "8", "-q"], quiet=False)
+    ok, _, seconds = run([sys.executable, "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "--site", "_site", "--durations", "8", "-q"], quiet=False)
     report("pytest", ok, "see above", seconds)
 
     columns = ["nbdev_test nbs", "nbdev_test labs", "nbval nbs", "nbval slides"]

@@ -21,7 +21,7 @@ class Stop(Exception):
     """Says to a learner what to do first; shown as a sentence, without a traceback."""
 
     def _render_traceback_(self):
-        return [f"⏸  {self}"]
+        return [f"→ {self}"]
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,13 @@ class Lab:
     exercises: dict[str, Exercise] = field(default_factory=dict)
 
     def exercise(self, name, title: str, **parts) -> Exercise:
-        """Add an exercise; see `Exercise` for the parts. Raises ValueError when the name is taken."""
+        """Add an exercise (again, when its cell is run again); see `Exercise` for the parts.
+
+        Raises ValueError when another exercise has the name.
+        """
         name = str(name)
-        if name in self.exercises:
-            raise ValueError(f"{self.slug}: there is an exercise {name} already")
+        if name in self.exercises and self.exercises[name].title != title:
+            raise ValueError(f"{self.slug}: there is another exercise {name} already, {self.exercises[name].title!r}")
         self.exercises[name] = Exercise(name, title, **parts)
         return self.exercises[name]
 

@@ -22,13 +22,13 @@ def breakdown(model: str, gpu: str, **settings) -> str:
     room = capacity(card)
     scale = max(room, m.peak)
     terms = sorted(((t, v) for t, v in m.terms.items() if v), key=lambda t: -t[1])
-    bar = "".join(f"<span style='display:inline-block;height:2em;width:{100 * v / scale:.2f}%;background:{COLOURS[i % len(COLOURS)]}'></span>" for i, (_, v) in enumerate(terms))
+    bar = "".join(f"<span style='display:inline-block;vertical-align:top;height:30px;width:{100 * v / scale:.2f}%;background:{COLOURS[i % len(COLOURS)]}'></span>" for i, (_, v) in enumerate(terms))
     rows = "".join(f"<tr><td><span style='color:{COLOURS[i % len(COLOURS)]}'>■</span> {html.escape(t.replace('_', ' '))}</td>"
                    f"<td style='text-align:right'>{v / 2**30:.2f} GiB</td><td style='text-align:right'>{v / m.peak:.0%}</td></tr>" for i, (t, v) in enumerate(terms))
     fits = m.peak_any <= room
     verdict = f"{'Fits' if fits else 'Does not fit'}: {m.peak_any / 2**30:.1f} of {room / 2**30:.1f} GiB on {gpu}"
     return (f"<p role='status' style='color:{'#27744a' if fits else '#a03048'}'><strong>{verdict}</strong> (peak in: {m.peak_phase})</p>"
-            f"<div style='border:1px solid #d9dcd6;width:100%;font-size:0;white-space:nowrap;overflow:hidden'>{bar}</div><table>{rows}</table>")
+            f"<div style='border:1px solid #d9dcd6;width:100%;font-size:0;white-space:nowrap;overflow:hidden'>{bar}</div><table style='line-height:1.5'>{rows}</table>")
 
 
 def memory_explorer():
