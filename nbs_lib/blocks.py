@@ -3,473 +3,508 @@
 # %% ../nbs/03b_blocks.ipynb #blocks-003
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
+from . import tape as F
 from .models import Arch
-from .tape import (CATEGORIES, LOGITS, Ghost, Node, Ops, Parameter, Poly, Tape, fixed, per_pair,
-                          per_position, per_score, per_token, same, value)
+from .tape import (CATEGORIES, GRADIENTS, LOGITS, Ghost, Node, Parameter, Poly, Tape, checkpoint,
+                          fixed, per_pair, per_position, per_score, per_token, record, value)
 
 # %% auto #0
-__all__ = ['Moment', 'Linear', 'Weights', 'Parts', 'Pieces', 'Positions', 'Kernels', 'Attention', 'Experts', 'Llama', 'GPT2',
-           'Bert', 'Embeddings', 'Bases', 'Model', 'highest', 'Step', 'largest', 'by_category', 'step']
+__all__ = ['Inputs', 'FAMILIES', 'Moment', 'Model', 'Linear', 'adapter', 'norm_weights', 'llama_weights', 'gpt2_weights',
+           'bert_weights', 'linear', 'rms_norm', 'rotate', 'rope', 'activation', 'gelu_new', 'cube', 'attend',
+           'fused_attention', 'math_attention', 'eager_attention', 'dense', 'llama_block', 'llama_attention',
+           'llama_mlp', 'experts', 'expert_product', 'gpt2_block', 'gpt2_attention', 'gpt2_mlp', 'bert_block',
+           'bert_attention', 'bert_output', 'embedding', 'add_positions', 'causal_mask', 'llama_inputs', 'gpt2_inputs',
+           'bert_inputs', 'base_model', 'causal_loss', 'masked_loss', 'masked_head', 'nll', 'Family',
+           'forward_backward', 'highest', 'Step', 'largest', 'by_category', 'step']
 
-# %% ../nbs/03b_blocks.ipynb #blocks-005
-class Linear:
-    """The weights of a linear layer from i to o numbers; rank: of its LoRA adapters, if it has them."""
-    __slots__ = ("weight", "bias", "adapters", "i", "o", "conv1d")
+# %% ../nbs/03b_blocks.ipynb #blocks-022
+class Model:
+    """The settings and the weights of a model, and the tape that it runs on.
 
-    def __init__(self, model: Weights, i: int, o: int, bias: bool = False, conv1d: bool = False):
-        self.i, self.o, self.conv1d = i, o, conv1d
-        self.weight, self.bias = model.parameter(i*o), model.parameter(o) if bias else None
-        r = model.lora_rank
-        self.adapters = (model.adapter(i*r), model.adapter(r*o)) if r else None
-
-
-class Weights:
-    """The parameters of the blocks (three stand for all), and of what is outside them as it is needed."""
-
-    def __init__(self, a: Arch, weight: int, products: int, lora_rank: int | None, trained: bool,
-                 blocks: int):
-        self.a, self.w, self.c, self.lora_rank, self.trained = a, weight, products, lora_rank, trained
-        self.made: list[Parameter] = []              # parameters outlive the step, and so do their gradients
-        self.blocks = [self.block() for _ in range(blocks)]
-
-    def parameter(self, n: int) -> Parameter:
-        self.made.append(Parameter(n, self.w, self.trained and not self.lora_rank))
-        return self.made[-1]
-
-    def adapter(self, n: int) -> Parameter:
-        self.made.append(Parameter(n, 4, self.trained))
-        return self.made[-1]
-
-    def norm(self, n: int | None = None) -> tuple[Parameter, Parameter]:
-        """LayerNorm's weight and bias."""
-        return self.parameter(n or self.a.hidden), self.parameter(n or self.a.hidden)
-
-    def block(self) -> dict:
-        """The weights of one block, by their places in it."""
-        return {"llama": self.llama, "gpt2": self.gpt2, "bert": self.bert}[self.a.family]()
-
-# %% ../nbs/03b_blocks.ipynb #blocks-006
-class Parts(Weights):
-    """The weights of each family's block."""
-
-    def llama(self) -> dict:
-        a = self.a
-        h, f, q, k = a.hidden, a.ffn, a.heads*a.head_dim, a.kv_heads*a.head_dim
-        p = dict(norm1=self.parameter(h), q=Linear(self, h, q, a.qkv_bias), k=Linear(self, h, k, a.qkv_bias),
-                 v=Linear(self, h, k, a.qkv_bias), out=Linear(self, q, h, a.out_bias),
-                 norm2=self.parameter(h))
-        if a.qk_norm: p |= dict(q_norm=self.parameter(a.head_dim), k_norm=self.parameter(a.head_dim))
-        if a.experts:
-            return p | dict(router=self.parameter(a.experts*h), gate_up=self.parameter(a.experts*2*f*h),
-                            down=self.parameter(a.experts*f*h))
-        return p | dict(gate=Linear(self, h, f, a.mlp_bias), up=Linear(self, h, f, a.mlp_bias),
-                        down=Linear(self, f, h, a.mlp_bias))
-
-    def gpt2(self) -> dict:
-        h, f = self.a.hidden, self.a.ffn
-        return dict(norm1=self.norm(), qkv=Linear(self, h, 3*h, True, True),
-                    out=Linear(self, h, h, True, True),
-                    norm2=self.norm(), up=Linear(self, h, f, True, True), down=Linear(self, f, h, True, True))
-
-    def bert(self) -> dict:
-        h, f = self.a.hidden, self.a.ffn
-        return dict(q=Linear(self, h, h, True), k=Linear(self, h, h, True), v=Linear(self, h, h, True),
-                    out=Linear(self, h, h, True), norm1=self.norm(), up=Linear(self, h, f, True),
-                    down=Linear(self, f, h, True), norm2=self.norm())
-
-# %% ../nbs/03b_blocks.ipynb #blocks-008
-class Pieces(Parts):
-    """What the blocks are made of. attention: "sdpa" or "eager". windowed: a sliding window shorter than the
-    sequence.
+    weight, products: bytes of a weight, and of what enters matrix products. attention: "sdpa" or "eager".
+    windowed: a sliding window shorter than the sequence. trained: False for a run without gradients.
+    Fields: a, the architecture; w, c, those numbers of bytes; t, the tape; h, row, the elements of a hidden
+    state and of one number a token.
     """
 
     def __init__(self, a: Arch, weight: int, products: int, attention: str = "sdpa", windowed: bool = False,
                  lora_rank: int | None = None, accumulating: bool = False, checkpointing: bool = False,
                  trained: bool = True, blocks: int = 3, tape: Tape | None = None):
-        super().__init__(a, weight, products, lora_rank, trained, blocks)
-        self.t = tape or Tape(accumulating)
-        self.o = Ops(self.t, autocast=products < weight)
-        self.t.recording = trained
+        self.a, self.w, self.c, self.lora_rank, self.trained = a, weight, products, lora_rank, trained
         self.attention, self.windowed, self.checkpointing = attention, windowed, checkpointing
         self.h, self.row = per_token(a.hidden), per_token(1)
-        self.cache: list[Ghost] | None = None
+        self.t = tape or Tape(accumulating)
+        self.t.recording, self.t.autocast = trained, products < weight
+        self.cache: list[Ghost] | None = None        # keys and values, if they are to be kept for generating
+        self.made: list[Parameter] = []              # parameters outlive the step, and so do their gradients
+        self.blocks = [FAMILIES[a.family].weights(self) for _ in range(blocks)]
 
-    def linear(self, x: Ghost, p: Linear) -> Ghost:
-        """A linear layer, and with LoRA its adapters (peft's LoraLayer.forward, dropout 0)."""
-        o, numel = self.o, tuple(n//p.i*p.o for n in x.numel)
-        y = o.linear(x, p.weight, numel, p.bias, low=o.autocast, conv1d=p.conv1d)
-        if not p.adapters: return y
-        x = o.to(x, 4)
-        thin = tuple(n//p.i*self.lora_rank for n in x.numel)
-        y = o.add(y, self.scaled(o.linear(o.linear(x, p.adapters[0], thin), p.adapters[1], numel)))
-        return o.to(y, self.w)
-
-    def scaled(self, x: Ghost) -> Ghost:
-        """x times a number."""
-        return self.o.pointwise("Mul", x, "")
-
-    def rms_norm(self, x: Ghost, w: Parameter, rows: Poly) -> Ghost:
-        """LlamaRMSNorm.forward."""
-        o, t, dtype, numel = self.o, self.t, x.e, x.numel
-        x = o.to(x, 4)
-        variance = t.new(rows, 4)
-        variance.node = t.record("Mean", lambda g: [t.new(numel, 4)], (o.pointwise("Pow", x, "x", extra=2),))
-        shifted = o.plus_scalar(variance)
-        inverse = o.pointwise("Rsqrt", shifted, "y")
-        del shifted
-        x = o.mul(x, inverse, small=rows)
-        del inverse
-        return o.mul(o.to(x, dtype), w, small=fixed(w.numel))
-
-# %% ../nbs/03b_blocks.ipynb #blocks-010
-class Positions(Pieces):
-    """Rotary embeddings and the activations of the feed-forward layers."""
-
-    def rotate(self, x: Ghost) -> Ghost:
-        """rotate_half: negate one half, put it first."""
-        t, e, numel, half = self.t, x.e, x.numel, tuple(n//2 for n in x.numel)
-
-        def rule(g):
-            negated = t.new(half, e)
-            first = t.new(numel, e)
-            del negated
-            return [t.new(numel, e)]
-        negated = t.new(half, e)
-        y = t.new(numel, e)
-        y.node = t.record("Rotate", rule, (x,))
-        return y
-
-    def rope(self, x: Ghost, cos: Ghost, sin: Ghost) -> Ghost:
-        """apply_rotary_pos_emb, for q or for k."""
-        o = self.o
-        y = o.add(o.mul(x, cos), o.mul(self.rotate(x), sin))
-        y.permuted = True
-        return y
-
-    def activation(self, x: Ghost) -> Ghost:
-        """One kernel that saves its input; GPT-2's gelu_new is written out: 0.5·x·(1 + tanh(√(2/π)·(x +
-        0.044715·x³))).
-        """
-        o = self.o
-        if self.a.activation != "gelu_new":
-            return o.pointwise("Activation", x, "y" if self.a.activation == "relu" else "x")
-        return o.mul(self.scaled(x), o.plus_scalar(o.pointwise("Tanh",
-            self.scaled(o.add(x, self.scaled(self.cube(x)))), "y")))
-
-    def cube(self, x: Ghost) -> Ghost:
-        """x³, which autocast computes in fp32."""
-        o = self.o
-        return o.pointwise("Pow", o.to(x, 4) if o.autocast else x, "x", extra=2)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-012
-class Kernels(Positions):
-    """PyTorch's attention kernels."""
-
-    def attend(self, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
-        """The kernel that runs on an H100."""
-        grouped = self.a.kv_heads != self.a.heads
-        if self.attention == "eager": return self.eager(q, k, v, mask)
-        if grouped and self.windowed: k, v, grouped = self.o.copy(k, q.numel), self.o.copy(v, q.numel), False
-        if self.c == 4 and grouped: return self.math(q, k, v)
-        return self.fused(q, k, v, grouped, cudnn=self.c == 2)
-
-    def fused(self, q: Ghost, k: Ghost, v: Ghost, grouped: bool, cudnn: bool) -> Ghost:
-        """cuDNN's kernel or the memory-efficient one."""
-        o, t, e, n = self.o, self.t, self.c, per_token(self.a.heads)
-        if o.autocast: q, k, v = o.to(q, e), o.to(k, e), o.to(v, e)
-        mask = t.new(per_score(1), e) if self.windowed else None
-        out, sums, seeds = t.new(q.numel, e), t.new(n, 4), t.new(fixed(2), 8) if cudnn else None
-        wide, narrow = q.numel, k.numel
-
-        def rule(g):
-            grads = [t.new(wide, e), t.new(narrow, e), t.new(narrow, e)]
-            # its workspace: dq in fp32, one number a row, and with groups dk and dv of every query head
-            if cudnn:
-                work = t.new(wide, 4), t.new(n, 4), t.new(wide, 2*e if grouped else 0)
-            else:
-                rows = t.new(wide, e), t.new(n, 4)
-                del rows
-                work = t.new(wide, 4)
-            return grads
-        out.node = t.record("Attention", rule, (q, k, v), (q, k, v, out, sums, mask, seeds))
-        return out
-
-# %% ../nbs/03b_blocks.ipynb #blocks-013
-class Attention(Kernels):
-    """Attention in plain operations: PyTorch's math kernel, and the models' own eager code."""
-
-    def math(self, q: Ghost, k: Ghost, v: Ghost) -> Ghost:
-        """_scaled_dot_product_attention_math: q and k scaled, k and v repeated, the scores kept."""
-        o, t, wide, scores = self.o, self.t, q.numel, per_score(self.a.heads)
-        q = self.scaled(q)
-        mask = t.new(per_pair(1), 4)
-        k, v = o.copy(k, wide), o.copy(v, wide)
-        transposed = o.copy(self.scaled(k))
-        weights = o.bmm(q, transposed, scores)
-        soft = o.softmax(weights, 4)
-        t.new(scores, 1)                               # which rows are masked as a whole
-        del weights
-        out = o.bmm(soft, v, wide)
-        del k, mask, q, transposed
-        return o.copy(out)
-
-    def eager(self, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
-        """eager_attention_forward: Llama's softmax is in fp32 and lowered again, GPT-2's and BERT's in the
-        scores' dtype.
-        """
-        a, o, wide, dtype, vtype = self.a, self.o, q.numel, q.e, v.e
-        grouped = a.kv_heads != a.heads
-        if grouped: k, v = o.copy(k, wide), o.copy(v, wide)
-        weights = o.bmm(self.dense(q), k if grouped else self.dense(k), per_score(a.heads))
-        weights = self.scaled(weights)
-        if mask is not None: weights = o.add(weights, mask)
-        if a.family == "llama": weights = o.to(o.softmax(weights, 4), dtype)
-        else: weights = o.softmax(weights, 4 if o.autocast else weights.e)
-        if a.family == "gpt2": weights = o.to(weights, vtype)
-        weights = o.dropout(weights, a.attention_dropout)
-        return o.copy(o.bmm(weights, v if grouped else o.copy(v), wide))
-
-    def dense(self, x: Ghost) -> Ghost:
-        """x as a product takes it: lowered by autocast, its heads side by side in memory."""
-        return self.o.copy(self.o.to(x, self.c) if self.o.autocast else x)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-015
-class Experts(Attention):
-    """Mixtral's feed-forward layer."""
-
-    def grouped(self, x: Ghost, w: Parameter, out: Poly) -> Ghost:
-        """A product of each row with its expert's matrix, and the zeroing of rows that belong to none."""
-        o, t, e = self.o, self.t, x.e
-        y = o.linear(x, w, out)
-        z = t.new(out, e)
-        z.node = t.record("MaskedFill", lambda g: [t.new(out, e)], (y,))
-        return z
-
-    def experts(self, x: Ghost, p: dict) -> Ghost:
-        """MixtralSparseMoeBlock.forward, with K = experts_per_token rows a token."""
-        o, t, e, numel = self.o, self.t, x.e, x.numel
-        K, h, f = self.a.experts_per_token, self.a.hidden, self.a.ffn
-        E, wide, rows = per_token(self.a.experts), per_token(K*f), per_token(K*h)
-        probs = o.softmax(o.linear(x, p["router"], E, low=o.autocast), 4)
-        top = t.new(per_token(K), 4)
-        top.node = t.record("TopK", lambda g: [t.new(E, 4)], (probs,), (top,))
-        # indices, sums, masks
-        order = [t.new(per_token(n), size) for n, size in ((4*K, 8), (K, 4), (1, 4), (K, 1))]
-        chosen = t.new(rows, e)
-        chosen.node = t.record("Index", lambda g: [t.new(numel, e)], (x,), order)
-        del order, probs
-        both = self.grouped(chosen, p["gate_up"], per_token(2*K*f))
-        split = t.record("Split", lambda g: [t.new(per_token(2*K*f), e)], (both,), outputs=2)
-        gate, up = both.alias(split, 0, wide), both.alias(split, 1, wide)
-        out = self.grouped(o.mul(o.pointwise("Silu", gate, "x"), up), p["down"], rows)
-        out = o.mul(out, Ghost(rows, 4, top.storage, top.node), small=per_token(K))
-        back = t.new(rows, 4)
-        back.node = t.record("Index", lambda g: [t.new(rows, 4)], (out,))
-        total = t.new(self.h, 4)
-        total.node = t.record("Sum", lambda g: [g[0].alias()], (back,))
-        return o.to(total, e)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-016
-class Llama(Experts):
-    """LlamaDecoderLayer and its likes."""
-
-    def llama_block(self, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost | None, ids: Ghost) -> Ghost:
-        residual = x
-        x = self.rms_norm(x, p["norm1"], self.row)
-        x = self.llama_attention(x, p, cos, sin, mask)
-        x = self.o.add(residual, x)
-        residual = x
-        x = self.rms_norm(x, p["norm2"], self.row)
-        x = self.experts(x, p) if self.a.experts else self.llama_mlp(x, p)
-        x = self.o.add(residual, x)
-        return x
-
-    def llama_attention(self, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost | None) -> Ghost:
-        a, o = self.a, self.o
-        q = o.view(self.linear(x, p["q"]))
-        if a.qk_norm: q = self.rms_norm(q, p["q_norm"], per_token(a.heads))
-        k = o.view(self.linear(x, p["k"]))
-        if a.qk_norm: k = self.rms_norm(k, p["k_norm"], per_token(a.kv_heads))
-        v = o.view(self.linear(x, p["v"]))
-        q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
-        # generating: keys and values are copied into the cache
-        if self.cache is not None:
-            k, v = o.copy(k), o.copy(v)
-            self.cache += [k, v]
-        out = self.attend(q, k, v, mask)
-        out = self.linear(out, p["out"])
-        return out
-
-    def llama_mlp(self, x: Ghost, p: dict) -> Ghost:
-        return self.linear(self.o.mul(self.activation(self.linear(x, p["gate"])), self.linear(x, p["up"])),
-                           p["down"])
-
-# %% ../nbs/03b_blocks.ipynb #blocks-017
-class GPT2(Llama):
-    """GPT2Block."""
-
-    def gpt2_block(self, x: Ghost, p: dict, cos: None, sin: None, mask: Ghost | None, ids: Ghost) -> Ghost:
-        residual = x
-        x = self.o.layer_norm(x, *p["norm1"], self.row)
-        attended = self.gpt2_attention(x, p, mask)
-        x = self.o.add(attended, residual)
-        residual = x
-        x = self.o.layer_norm(x, *p["norm2"], self.row)
-        fed = self.gpt2_mlp(x, p)
-        x = self.o.add(residual, fed)
-        return x
-
-    def gpt2_attention(self, x: Ghost, p: dict, mask: Ghost | None) -> Ghost:
-        t, h, o = self.t, self.h, self.o
-        qkv = self.linear(x, p["qkv"])
-        e, three = qkv.e, per_token(3*self.a.hidden)
-        split = t.record("Split", lambda g: [t.new(three, e)], (qkv,), outputs=3)
-        q, k, v = (qkv.alias(split, i, h) for i in range(3))
-        if self.cache is not None:
-            k, v = o.copy(k), o.copy(v)
-            self.cache += [k, v]
-        out = self.attend(q, k, v, mask)
-        out = self.linear(out, p["out"])
-        out = o.dropout(out, self.a.hidden_dropout)
-        return out
-
-    def gpt2_mlp(self, x: Ghost, p: dict) -> Ghost:
-        x = self.linear(x, p["up"])
-        x = self.activation(x)
-        x = self.linear(x, p["down"])
-        x = self.o.dropout(x, self.a.hidden_dropout)
-        return x
-
-# %% ../nbs/03b_blocks.ipynb #blocks-018
-class Bert(GPT2):
-    """BertLayer."""
-
-    def bert_block(self, x: Ghost, p: dict, cos: None, sin: None, mask: None, ids: None) -> Ghost:
-        x = self.bert_attention(x, p)
-        fed = self.linear(x, p["up"])
-        fed = self.activation(fed)
-        return self.bert_output(fed, x, p["down"], p["norm2"])
-
-    def bert_attention(self, x: Ghost, p: dict) -> Ghost:
-        o = self.o
-        q, k, v = o.view(self.linear(x, p["q"])), o.view(self.linear(x, p["k"])), o.view(self.linear(x,
-                                                                                                     p["v"]))
-        return self.bert_output(self.attend(q, k, v, None), x, p["out"], p["norm1"])
-
-    def bert_output(self, y: Ghost, x: Ghost, layer: Linear, norm: tuple[Parameter, Parameter]) -> Ghost:
-        y = self.linear(y, layer)
-        y = self.o.dropout(y, self.a.hidden_dropout)
-        return self.o.layer_norm(self.o.add(y, x), *norm, self.row)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-020
-class Embeddings(Bert):
-    """The first part of each model."""
-
-    def embedding(self, rows: int, numel: Poly, ids: Ghost | None = None) -> tuple[Ghost, Parameter]:
-        """Rows of a table looked up; returns the result and the table."""
-        t, p = self.t, self.parameter(rows*self.a.hidden)
-        n, e = fixed(p.numel), p.e
-        out = t.new(numel, e)
-        out.node = t.record("Embedding", lambda g: [t.new(n, e, 2)], (p,), (ids,))
-        return out, p
-
-    def add_positions(self, x: Ghost, ids: Ghost) -> tuple[Ghost, Ghost]:
-        """x plus learned positions, which are the same for each sequence of the batch; returns the positions,
-        too.
-        """
-        t, e, numel = self.t, self.w, per_position(self.a.hidden)
-        positions, _ = self.embedding(self.a.max_positions, numel, ids)
-        y = t.new(self.h, e)
-        y.node = t.record("Add", lambda g: [g[0], t.new(numel, e)], (x, positions))
-        return y, positions
-
-    def bert_embeddings(self, words: Ghost) -> Ghost:
-        """BertEmbeddings.forward."""
-        types, _ = self.embedding(self.a.token_types, self.h)
-        x = self.o.add(words, types)
-        x, positions = self.add_positions(x, self.t.new(per_position(1), 8))
-        x = self.o.layer_norm(x, *self.norm(), self.row)
-        return self.o.dropout(x, self.a.embedding_dropout)
-
-# %% ../nbs/03b_blocks.ipynb #blocks-021
-def _call(fn, *args):
-    return fn(*args)
-
-
-class Bases(Embeddings):
-    """The models without their heads."""
+    def parameter(self, n: int) -> Parameter:
+        """A weight of n numbers; frozen if there are adapters."""
+        self.made.append(Parameter(n, self.w, self.trained and not self.lora_rank))
+        return self.made[-1]
 
     def base(self) -> tuple[Ghost, Parameter]:
-        """LlamaModel.forward and its likes; returns the last hidden state and the table of token embeddings.
-        """
-        a, o, t, e = self.a, self.o, self.t, self.w
-        t.place, cos, sin, mask, ids = "E", None, None, None, None
-        x, table = self.embedding(a.vocab, self.h)
-        # peft: the embeddings' output asks for a gradient
-        if self.lora_rank and self.checkpointing:
-            x.node = Node(0, "Leaf", (), lambda g: [], (), "E")
-        embedded = x if a.family != "bert" else None               # a name in the frame keeps the tensor
-        if a.family != "bert":
-            ids = t.new(per_position(1), 8)
-            if self.attention == "eager": mask = t.new(per_score(1), e)
-            elif self.windowed: mask = t.new(per_pair(1), 1)
-        if a.family == "llama":
-            cos, sin = t.new(per_position(a.head_dim), e), t.new(per_position(a.head_dim), e)
-        elif a.family == "gpt2":
-            x, positions = self.add_positions(x, ids)
-            x = o.dropout(x, a.embedding_dropout)
-        else: x = self.bert_embeddings(x)
-        block = {"llama": self.llama_block, "gpt2": self.gpt2_block, "bert": self.bert_block}[a.family]
-        for i, p in enumerate(self.blocks):
-            t.place = str(i)
-            t.mark("f" + t.place)
-            x = (t.checkpoint if self.checkpointing else _call)(block, x, p, cos, sin, mask, ids)
-        t.place = "H"
-        t.mark("fH")
-        if a.family == "llama": x = self.rms_norm(x, self.parameter(a.hidden), self.row)
-        if a.family == "gpt2": x = o.layer_norm(x, *self.norm(), self.row)
-        return x, table
-
-# %% ../nbs/03b_blocks.ipynb #blocks-022
-class Model(Bases):
-    """A whole model of three blocks, from token ids to loss."""
+        """Forward up to the last hidden state; returns it and the table of token embeddings."""
+        return base_model(self)
 
     def loss(self) -> Ghost:
-        """The head, and transformers' loss function."""
-        a, o, t = self.a, self.o, self.t
-        hidden, table = self.base()
-        w = table if a.tied else self.parameter(a.vocab*a.hidden)
-        logits = self.masked_head(hidden, w) if a.family == "bert" else o.linear(
-            hidden, w, per_token(a.vocab), kind=LOGITS, low=o.autocast)
-        if a.family == "bert": return self.nll(o.to(o.log_softmax(logits), 4 if o.autocast else self.w))
-        raised = o.to(logits, 4)
-        padded, labels = t.new(self.row, 8), t.new(self.row, 8)
-        return self.nll(o.log_softmax(raised), labels)
+        """Forward, from token ids to loss."""
+        return FAMILIES[self.a.family].loss(self)
 
-    def masked_head(self, x: Ghost, w: Parameter) -> Ghost:
-        """BertLMPredictionHead.forward: a transformation, then the product with the embeddings."""
-        a, o = self.a, self.o
-        x = self.linear(x, Linear(self, a.hidden, a.hidden, True))
-        x = self.activation(x)
-        x = o.layer_norm(x, *self.norm(), self.row)
-        return o.linear(x, w, per_token(a.vocab), self.parameter(a.vocab), LOGITS, low=o.autocast)
+# %% ../nbs/03b_blocks.ipynb #blocks-005
+class Linear:
+    """The weights of a linear layer from i to o numbers; adapters: LoRA's two matrices, if it has them."""
+    __slots__ = ("weight", "bias", "adapters", "i", "o", "conv1d")
 
-    def nll(self, x: Ghost, labels: Ghost | None = None) -> Ghost:
-        """The mean of minus the log-probabilities of the labels."""
-        t, numel, e = self.t, x.numel, x.e
-        out = t.new(fixed(1), 4)
-        out.node = t.record("NllLoss", lambda g: [t.new(numel, e, LOGITS)], (x,), (x, labels))
-        return out
+    def __init__(self, m: Model, i: int, o: int, bias: bool = False, conv1d: bool = False):
+        self.i, self.o, self.conv1d = i, o, conv1d
+        self.weight, self.bias = m.parameter(i*o), m.parameter(o) if bias else None
+        r = m.lora_rank
+        self.adapters = (adapter(m, i*r), adapter(m, r*o)) if r else None
 
-    def step(self) -> Model:
-        """loss = model(x, labels=x).loss; loss.backward(), autocast left in between."""
-        loss = self.loss()
-        self.t.leave_autocast()
-        self.t.mark("loss")
-        self.t.run_backward(loss)
-        return self
+
+def adapter(m: Model, n: int) -> Parameter:
+    """One of LoRA's matrices, of n numbers."""
+    m.made.append(Parameter(n, 4, m.trained))
+    return m.made[-1]
+
+
+def norm_weights(m: Model) -> tuple[Parameter, Parameter]:
+    """LayerNorm's weight and bias."""
+    return m.parameter(m.a.hidden), m.parameter(m.a.hidden)
+
+# %% ../nbs/03b_blocks.ipynb #blocks-006
+def llama_weights(m: Model) -> dict:
+    """The weights of a LlamaDecoderLayer (with Qwen3's norms of q and k, or Mixtral's experts)."""
+    a = m.a
+    h, f, q, k = a.hidden, a.ffn, a.heads*a.head_dim, a.kv_heads*a.head_dim
+    p = dict(norm1=m.parameter(h), q=Linear(m, h, q, a.qkv_bias), k=Linear(m, h, k, a.qkv_bias),
+             v=Linear(m, h, k, a.qkv_bias), out=Linear(m, q, h, a.out_bias), norm2=m.parameter(h))
+    if a.qk_norm: p |= dict(q_norm=m.parameter(a.head_dim), k_norm=m.parameter(a.head_dim))
+    if a.experts:
+        return p | dict(router=m.parameter(a.experts*h), gate_up=m.parameter(a.experts*2*f*h),
+                        down=m.parameter(a.experts*f*h))
+    return p | dict(gate=Linear(m, h, f, a.mlp_bias), up=Linear(m, h, f, a.mlp_bias),
+                    down=Linear(m, f, h, a.mlp_bias))
+
+
+def gpt2_weights(m: Model) -> dict:
+    """The weights of a GPT2Block; its linear layers are of class Conv1D."""
+    h, f = m.a.hidden, m.a.ffn
+    return dict(norm1=norm_weights(m), qkv=Linear(m, h, 3*h, True, True), out=Linear(m, h, h, True, True),
+                norm2=norm_weights(m), up=Linear(m, h, f, True, True), down=Linear(m, f, h, True, True))
+
+
+def bert_weights(m: Model) -> dict:
+    """The weights of a BertLayer."""
+    h, f = m.a.hidden, m.a.ffn
+    return dict(q=Linear(m, h, h, True), k=Linear(m, h, h, True), v=Linear(m, h, h, True),
+                out=Linear(m, h, h, True), norm1=norm_weights(m), up=Linear(m, h, f, True),
+                down=Linear(m, f, h, True), norm2=norm_weights(m))
+
+# %% ../nbs/03b_blocks.ipynb #blocks-008
+def linear(m: Model, x: Ghost, p: Linear) -> Ghost:
+    """A linear layer, and with LoRA its adapters (peft's LoraLayer.forward, dropout 0)."""
+    t, numel = m.t, tuple(n//p.i*p.o for n in x.numel)
+    y = F.linear(t, x, p.weight, numel, p.bias, low=t.autocast, conv1d=p.conv1d)
+    if not p.adapters: return y
+    x = F.to(t, x, 4)
+    thin = tuple(n//p.i*m.lora_rank for n in x.numel)
+    y = F.add(t, y, F.scaled(t, F.linear(t, F.linear(t, x, p.adapters[0], thin), p.adapters[1], numel)))
+    return F.to(t, y, m.w)
+
+
+def rms_norm(t: Tape, x: Ghost, w: Parameter, rows: Poly) -> Ghost:
+    """LlamaRMSNorm.forward over `rows` rows."""
+    dtype, numel = x.e, x.numel
+    x = F.to(t, x, 4)
+    variance = t.new(rows, 4)
+    variance.node = record(t, "Mean", lambda g: [t.new(numel, 4)], (F.pointwise(t, "Pow", x, "x", extra=2),))
+    shifted = F.plus_scalar(t, variance)
+    inverse = F.pointwise(t, "Rsqrt", shifted, "y")
+    del shifted
+    x = F.mul(t, x, inverse, small=rows)
+    del inverse
+    return F.mul(t, F.to(t, x, dtype), w, small=fixed(w.numel))
+
+# %% ../nbs/03b_blocks.ipynb #blocks-010
+def rotate(t: Tape, x: Ghost) -> Ghost:
+    """rotate_half: negate one half, put it first."""
+    e, numel, half = x.e, x.numel, tuple(n//2 for n in x.numel)
+
+    def rule(g):
+        negated = t.new(half, e)
+        first = t.new(numel, e)
+        del negated
+        return [t.new(numel, e)]
+    negated = t.new(half, e)
+    y = t.new(numel, e)
+    y.node = record(t, "Rotate", rule, (x,))
+    return y
+
+
+def rope(t: Tape, x: Ghost, cos: Ghost, sin: Ghost) -> Ghost:
+    """apply_rotary_pos_emb, for q or for k."""
+    y = F.add(t, F.mul(t, x, cos), F.mul(t, rotate(t, x), sin))
+    y.permuted = True
+    return y
+
+# %% ../nbs/03b_blocks.ipynb #blocks-029
+def activation(m: Model, x: Ghost) -> Ghost:
+    """ACT2FN[config.hidden_act]."""
+    if m.a.activation == "gelu_new": return gelu_new(m.t, x)
+    return F.pointwise(m.t, "Activation", x, "y" if m.a.activation == "relu" else "x")
+
+
+def gelu_new(t: Tape, x: Ghost) -> Ghost:
+    """NewGELUActivation.forward: 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    return F.mul(t, F.scaled(t, x), F.plus_scalar(t, F.pointwise(t, "Tanh",
+        F.scaled(t, F.add(t, x, F.scaled(t, cube(t, x)))), "y")))
+
+
+def cube(t: Tape, x: Ghost) -> Ghost:
+    """x³, which autocast computes in fp32."""
+    return F.pointwise(t, "Pow", F.to(t, x, 4) if t.autocast else x, "x", extra=2)
+
+# %% ../nbs/03b_blocks.ipynb #blocks-012
+def attend(m: Model, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
+    """The attention function that runs on an H100."""
+    t, grouped = m.t, m.a.kv_heads != m.a.heads
+    if m.attention == "eager": return eager_attention(m, q, k, v, mask)
+    if grouped and m.windowed: k, v, grouped = F.copy(t, k, q.numel), F.copy(t, v, q.numel), False
+    if m.c == 4 and grouped: return math_attention(m, q, k, v)
+    return fused_attention(m, q, k, v, grouped, cudnn=m.c == 2)
+
+
+def fused_attention(m: Model, q: Ghost, k: Ghost, v: Ghost, grouped: bool, cudnn: bool) -> Ghost:
+    """cuDNN's kernel or the memory-efficient one."""
+    t, e, n = m.t, m.c, per_token(m.a.heads)
+    if t.autocast: q, k, v = F.to(t, q, e), F.to(t, k, e), F.to(t, v, e)
+    mask = t.new(per_score(1), e) if m.windowed else None
+    out, sums, seeds = t.new(q.numel, e), t.new(n, 4), t.new(fixed(2), 8) if cudnn else None
+    wide, narrow = q.numel, k.numel
+
+    def rule(g):
+        grads = [t.new(wide, e), t.new(narrow, e), t.new(narrow, e)]
+        # its workspace: dq in fp32, one number a row, and with groups dk and dv of every query head
+        if cudnn:
+            work = t.new(wide, 4), t.new(n, 4), t.new(wide, 2*e if grouped else 0)
+        else:
+            rows = t.new(wide, e), t.new(n, 4)
+            del rows
+            work = t.new(wide, 4)
+        return grads
+    out.node = record(t, "Attention", rule, (q, k, v), (q, k, v, out, sums, mask, seeds))
+    return out
+
+# %% ../nbs/03b_blocks.ipynb #blocks-013
+def math_attention(m: Model, q: Ghost, k: Ghost, v: Ghost) -> Ghost:
+    """_scaled_dot_product_attention_math: q and k scaled, k and v repeated, the scores kept."""
+    t, wide, scores = m.t, q.numel, per_score(m.a.heads)
+    q = F.scaled(t, q)
+    mask = t.new(per_pair(1), 4)
+    k, v = F.copy(t, k, wide), F.copy(t, v, wide)
+    transposed = F.copy(t, F.scaled(t, k))
+    weights = F.bmm(t, q, transposed, scores)
+    soft = F.softmax(t, weights, 4)
+    t.new(scores, 1)                               # which rows are masked as a whole
+    del weights
+    out = F.bmm(t, soft, v, wide)
+    del k, mask, q, transposed
+    return F.copy(t, out)
+
+
+def eager_attention(m: Model, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
+    """eager_attention_forward: Llama's softmax is in fp32 and lowered again, GPT-2's and BERT's in the
+    scores' dtype.
+    """
+    a, t, wide, dtype, vtype = m.a, m.t, q.numel, q.e, v.e
+    grouped = a.kv_heads != a.heads
+    if grouped: k, v = F.copy(t, k, wide), F.copy(t, v, wide)
+    weights = F.bmm(t, dense(m, q), k if grouped else dense(m, k), per_score(a.heads))
+    weights = F.scaled(t, weights)
+    if mask is not None: weights = F.add(t, weights, mask)
+    if a.family == "llama": weights = F.to(t, F.softmax(t, weights, 4), dtype)
+    else: weights = F.softmax(t, weights, 4 if t.autocast else weights.e)
+    if a.family == "gpt2": weights = F.to(t, weights, vtype)
+    weights = F.dropout(t, weights, a.attention_dropout)
+    return F.copy(t, F.bmm(t, weights, v if grouped else F.copy(t, v), wide))
+
+
+def dense(m: Model, x: Ghost) -> Ghost:
+    """x as a product takes it: lowered by autocast, its heads side by side in memory."""
+    return F.copy(m.t, F.to(m.t, x, m.c) if m.t.autocast else x)
+
+# %% ../nbs/03b_blocks.ipynb #blocks-016
+def llama_block(m: Model, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost | None, ids: Ghost) -> Ghost:
+    """LlamaDecoderLayer.forward and its likes (ids: position ids; a checkpoint keeps them, too)."""
+    t, residual = m.t, x
+    x = rms_norm(t, x, p["norm1"], m.row)
+    x = llama_attention(m, x, p, cos, sin, mask)
+    x = F.add(t, residual, x)
+    residual = x
+    x = rms_norm(t, x, p["norm2"], m.row)
+    x = experts(m, x, p) if m.a.experts else llama_mlp(m, x, p)
+    x = F.add(t, residual, x)
+    return x
+
+
+def llama_attention(m: Model, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost | None) -> Ghost:
+    """LlamaAttention.forward, with the norms of Qwen3's."""
+    a, t = m.a, m.t
+    q = F.view(t, linear(m, x, p["q"]))
+    if a.qk_norm: q = rms_norm(t, q, p["q_norm"], per_token(a.heads))
+    k = F.view(t, linear(m, x, p["k"]))
+    if a.qk_norm: k = rms_norm(t, k, p["k_norm"], per_token(a.kv_heads))
+    v = F.view(t, linear(m, x, p["v"]))
+    q, k = rope(t, q, cos, sin), rope(t, k, cos, sin)
+    # generating: keys and values are copied into the cache
+    if m.cache is not None:
+        k, v = F.copy(t, k), F.copy(t, v)
+        m.cache += [k, v]
+    out = attend(m, q, k, v, mask)
+    out = linear(m, out, p["out"])
+    return out
+
+
+def llama_mlp(m: Model, x: Ghost, p: dict) -> Ghost:
+    """LlamaMLP.forward."""
+    return linear(m, F.mul(m.t, activation(m, linear(m, x, p["gate"])), linear(m, x, p["up"])), p["down"])
+
+# %% ../nbs/03b_blocks.ipynb #blocks-015
+def experts(m: Model, x: Ghost, p: dict) -> Ghost:
+    """MixtralSparseMoeBlock.forward, with K = experts_per_token rows a token."""
+    t, e, numel = m.t, x.e, x.numel
+    K, h, f = m.a.experts_per_token, m.a.hidden, m.a.ffn
+    E, wide, rows = per_token(m.a.experts), per_token(K*f), per_token(K*h)
+    probs = F.softmax(t, F.linear(t, x, p["router"], E, low=t.autocast), 4)
+    top = t.new(per_token(K), 4)
+    top.node = record(t, "TopK", lambda g: [t.new(E, 4)], (probs,), (top,))
+    # indices, sums, masks
+    order = [t.new(per_token(n), size) for n, size in ((4*K, 8), (K, 4), (1, 4), (K, 1))]
+    chosen = t.new(rows, e)
+    chosen.node = record(t, "Index", lambda g: [t.new(numel, e)], (x,), order)
+    del order, probs
+    both = expert_product(t, chosen, p["gate_up"], per_token(2*K*f))
+    split = record(t, "Split", lambda g: [t.new(per_token(2*K*f), e)], (both,), outputs=2)
+    gate, up = both.alias(split, 0, wide), both.alias(split, 1, wide)
+    out = expert_product(t, F.mul(t, F.pointwise(t, "Silu", gate, "x"), up), p["down"], rows)
+    out = F.mul(t, out, Ghost(rows, 4, top.storage, top.node), small=per_token(K))
+    back = t.new(rows, 4)
+    back.node = record(t, "Index", lambda g: [t.new(rows, 4)], (out,))
+    total = t.new(m.h, 4)
+    total.node = record(t, "Sum", lambda g: [g[0].alias()], (back,))
+    return F.to(t, total, e)
+
+
+def expert_product(t: Tape, x: Ghost, w: Parameter, out: Poly) -> Ghost:
+    """A product of each row with its expert's matrix, and the zeroing of rows that belong to none."""
+    e = x.e
+    y = F.linear(t, x, w, out)
+    z = t.new(out, e)
+    z.node = record(t, "MaskedFill", lambda g: [t.new(out, e)], (y,))
+    return z
+
+# %% ../nbs/03b_blocks.ipynb #blocks-017
+def gpt2_block(m: Model, x: Ghost, p: dict, mask: Ghost | None, ids: Ghost) -> Ghost:
+    """GPT2Block.forward (ids: position ids; a checkpoint keeps them, too)."""
+    t, residual = m.t, x
+    x = F.layer_norm(t, x, *p["norm1"], m.row)
+    attended = gpt2_attention(m, x, p, mask)
+    x = F.add(t, attended, residual)
+    residual = x
+    x = F.layer_norm(t, x, *p["norm2"], m.row)
+    fed = gpt2_mlp(m, x, p)
+    x = F.add(t, residual, fed)
+    return x
+
+
+def gpt2_attention(m: Model, x: Ghost, p: dict, mask: Ghost | None) -> Ghost:
+    """GPT2Attention.forward."""
+    t, h = m.t, m.h
+    qkv = linear(m, x, p["qkv"])
+    e, three = qkv.e, per_token(3*m.a.hidden)
+    split = record(t, "Split", lambda g: [t.new(three, e)], (qkv,), outputs=3)
+    q, k, v = (qkv.alias(split, i, h) for i in range(3))
+    if m.cache is not None:
+        k, v = F.copy(t, k), F.copy(t, v)
+        m.cache += [k, v]
+    out = attend(m, q, k, v, mask)
+    out = linear(m, out, p["out"])
+    out = F.dropout(t, out, m.a.hidden_dropout)
+    return out
+
+
+def gpt2_mlp(m: Model, x: Ghost, p: dict) -> Ghost:
+    """GPT2MLP.forward."""
+    x = linear(m, x, p["up"])
+    x = activation(m, x)
+    x = linear(m, x, p["down"])
+    x = F.dropout(m.t, x, m.a.hidden_dropout)
+    return x
+
+# %% ../nbs/03b_blocks.ipynb #blocks-018
+def bert_block(m: Model, x: Ghost, p: dict) -> Ghost:
+    """BertLayer.forward."""
+    x = bert_attention(m, x, p)
+    fed = linear(m, x, p["up"])
+    fed = activation(m, fed)
+    return bert_output(m, fed, x, p["down"], p["norm2"])
+
+
+def bert_attention(m: Model, x: Ghost, p: dict) -> Ghost:
+    """BertAttention.forward."""
+    t = m.t
+    q = F.view(t, linear(m, x, p["q"]))
+    k = F.view(t, linear(m, x, p["k"]))
+    v = F.view(t, linear(m, x, p["v"]))
+    return bert_output(m, attend(m, q, k, v, None), x, p["out"], p["norm1"])
+
+
+def bert_output(m: Model, y: Ghost, x: Ghost, layer: Linear, norm: tuple[Parameter, Parameter]) -> Ghost:
+    """BertSelfOutput.forward and BertOutput.forward: y through a layer, plus x, normalized."""
+    t = m.t
+    y = linear(m, y, layer)
+    y = F.dropout(t, y, m.a.hidden_dropout)
+    return F.layer_norm(t, F.add(t, y, x), *norm, m.row)
+
+# %% ../nbs/03b_blocks.ipynb #blocks-020
+def embedding(m: Model, rows: int, numel: Poly, ids: Ghost | None = None) -> tuple[Ghost, Parameter]:
+    """Rows of a table looked up; returns the result and the table."""
+    t, p = m.t, m.parameter(rows*m.a.hidden)
+    n, e = fixed(p.numel), p.e
+    out = t.new(numel, e)
+    out.node = record(t, "Embedding", lambda g: [t.new(n, e, GRADIENTS)], (p,), (ids,))
+    return out, p
+
+
+def add_positions(m: Model, x: Ghost, ids: Ghost) -> tuple[Ghost, Ghost]:
+    """x plus learned positions, the same for each sequence of the batch; returns the positions, too."""
+    t, e, numel = m.t, m.w, per_position(m.a.hidden)
+    positions, _ = embedding(m, m.a.max_positions, numel, ids)
+    y = t.new(m.h, e)
+    y.node = record(t, "Add", lambda g: [g[0], t.new(numel, e)], (x, positions))
+    return y, positions
+
+
+def causal_mask(m: Model) -> Ghost | None:
+    """What transformers hands to attention; with sdpa and no window nothing."""
+    if m.attention == "eager": return m.t.new(per_score(1), m.w)
+    return m.t.new(per_pair(1), 1) if m.windowed else None
+
+# %% ../nbs/03b_blocks.ipynb #blocks-021
+Inputs = tuple[Ghost, tuple, tuple]
+
+
+def llama_inputs(m: Model, words: Ghost) -> Inputs:
+    """The first part of LlamaModel.forward: position ids, mask, rotary tables."""
+    t, d = m.t, per_position(m.a.head_dim)
+    ids, mask = t.new(per_position(1), 8), causal_mask(m)
+    cos, sin = t.new(d, m.w), t.new(d, m.w)
+    return words, (cos, sin, mask, ids), (words,)
+
+
+def gpt2_inputs(m: Model, words: Ghost) -> Inputs:
+    """The first part of GPT2Model.forward: learned positions."""
+    ids, mask = m.t.new(per_position(1), 8), causal_mask(m)
+    x, positions = add_positions(m, words, ids)
+    x = F.dropout(m.t, x, m.a.embedding_dropout)
+    return x, (mask, ids), (words, positions)
+
+
+def bert_inputs(m: Model, words: Ghost) -> Inputs:
+    """BertEmbeddings.forward: token types and learned positions; its names end with it."""
+    t = m.t
+    types, _ = embedding(m, m.a.token_types, m.h)
+    x = F.add(t, words, types)
+    x, positions = add_positions(m, x, t.new(per_position(1), 8))
+    x = F.layer_norm(t, x, *norm_weights(m), m.row)
+    return F.dropout(t, x, m.a.embedding_dropout), (), ()
+
+# %% ../nbs/03b_blocks.ipynb #blocks-035
+def base_model(m: Model) -> tuple[Ghost, Parameter]:
+    """LlamaModel.forward and its likes; returns the last hidden state and the table of token embeddings."""
+    a, t, family = m.a, m.t, FAMILIES[m.a.family]
+    t.place = "E"
+    x, table = embedding(m, a.vocab, m.h)
+    # peft: the embeddings' output asks for a gradient
+    if m.lora_rank and m.checkpointing: x.node = Node(0, "Leaf", (), lambda g: [], (), "E")
+    x, beside, named = family.inputs(m, x)
+    for i, p in enumerate(m.blocks):
+        t.place = str(i)
+        t.mark("f" + t.place)
+        if m.checkpointing: x = checkpoint(t, family.block, m, x, p, *beside)
+        else: x = family.block(m, x, p, *beside)
+    t.place = "H"
+    t.mark("fH")
+    if a.family == "llama": x = rms_norm(t, x, m.parameter(a.hidden), m.row)
+    if a.family == "gpt2": x = F.layer_norm(t, x, *norm_weights(m), m.row)
+    return x, table
+
+# %% ../nbs/03b_blocks.ipynb #blocks-037
+def causal_loss(m: Model) -> Ghost:
+    """LlamaForCausalLM.forward and its likes, with ForCausalLMLoss."""
+    a, t = m.a, m.t
+    hidden, table = m.base()
+    w = table if a.tied else m.parameter(a.vocab*a.hidden)
+    logits = F.linear(t, hidden, w, per_token(a.vocab), kind=LOGITS, low=t.autocast)
+    raised = F.to(t, logits, 4)
+    padded, labels = t.new(m.row, 8), t.new(m.row, 8)
+    return nll(t, F.log_softmax(t, raised), labels)
+
+
+def masked_loss(m: Model) -> Ghost:
+    """BertForMaskedLM.forward."""
+    t = m.t
+    hidden, table = m.base()
+    w = table if m.a.tied else m.parameter(m.a.vocab*m.a.hidden)
+    logits = masked_head(m, hidden, w)
+    return nll(t, F.to(t, F.log_softmax(t, logits), 4 if t.autocast else m.w))
+
+
+def masked_head(m: Model, x: Ghost, w: Parameter) -> Ghost:
+    """BertLMPredictionHead.forward: a transformation, then the product with the embeddings."""
+    a, t = m.a, m.t
+    x = linear(m, x, Linear(m, a.hidden, a.hidden, True))
+    x = activation(m, x)
+    x = F.layer_norm(t, x, *norm_weights(m), m.row)
+    return F.linear(t, x, w, per_token(a.vocab), m.parameter(a.vocab), LOGITS, low=t.autocast)
+
+
+def nll(t: Tape, x: Ghost, labels: Ghost | None = None) -> Ghost:
+    """The mean of minus the log-probabilities of the labels."""
+    numel, e = x.numel, x.e
+    out = t.new(fixed(1), 4)
+    out.node = record(t, "NllLoss", lambda g: [t.new(numel, e, LOGITS)], (x,), (x, labels))
+    return out
+
+# %% ../nbs/03b_blocks.ipynb #blocks-039
+class Family(NamedTuple):
+    """What differs between families: a block's weights, what comes before the blocks, the block, the loss."""
+    weights: Callable[[Model], dict]
+    inputs: Callable[[Model, Ghost], Inputs]
+    block: Callable[..., Ghost]
+    loss: Callable[[Model], Ghost]
+
+
+FAMILIES = {
+    "llama": Family(llama_weights, llama_inputs, llama_block, causal_loss),
+    "gpt2": Family(gpt2_weights, gpt2_inputs, gpt2_block, causal_loss),
+    "bert": Family(bert_weights, bert_inputs, bert_block, masked_loss),
+}
+
+
+def forward_backward(m: Model) -> None:
+    """loss = model(x, labels=x).loss; loss.backward(), autocast left in between."""
+    loss = m.loss()
+    m.t.leave_autocast()
+    m.t.mark("loss")
+    m.t.run_backward(loss)
 
 # %% ../nbs/03b_blocks.ipynb #blocks-024
 Moment = tuple[Poly, tuple[int, ...]]        # the total, and the same by category
@@ -548,5 +583,6 @@ def by_category(v: tuple[int, ...], T: int, s: int) -> dict[str, int]:
 def step(a: Arch, weight: int, products: int, attention: str = "sdpa", windowed: bool = False,
          lora_rank: int | None = None, accumulating: bool = False, checkpointing: bool = False) -> Step:
     """The step of a model; weight, products: bytes of a weight and of what enters matrix products."""
-    return Step(Model(a, weight, products, attention, windowed, lora_rank, accumulating,
-                      checkpointing).step(), a.layers)
+    m = Model(a, weight, products, attention, windowed, lora_rank, accumulating, checkpointing)
+    forward_backward(m)
+    return Step(m, a.layers)

@@ -224,13 +224,13 @@ Shape = tuple[str, tuple[int, ...]]      # a tensor's name and shape
 
 def _linear(at: str, names: str, n_in: int, n_out: int, bias: bool = False) -> list[Shape]:
     """nn.Linear modules of one size, whose names begin with `at`: each keeps its weight as out×in."""
-    return [s for x in names.split()
-            for s in [(f"{at}{x}.weight", (n_out, n_in))] + [(f"{at}{x}.bias", (n_out,))]*bias]
+    tensors = [("weight", (n_out, n_in)), ("bias", (n_out,))][:1 + bias]
+    return [(f"{at}{x}.{kind}", shape) for x in names.split() for kind, shape in tensors]
 
 
 def _norm(at: str, names: str, h: int, bias: bool = False) -> list[Shape]:
     """RMSNorms, or (with a bias) LayerNorms."""
-    return [s for x in names.split() for s in [(f"{at}{x}.weight", (h,))] + [(f"{at}{x}.bias", (h,))]*bias]
+    return [(f"{at}{x}.{kind}", (h,)) for x in names.split() for kind in ("weight", "bias")[:1 + bias]]
 
 
 def _conv1d(name: str, n_in: int, n_out: int) -> list[Shape]:

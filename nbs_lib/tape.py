@@ -40,10 +40,11 @@ def value(p: Sequence[int], T: int, s: int) -> int:
     return sum(p[0::5])*T + sum(p[1::5])*T*s + sum(p[2::5])*s*s + sum(p[3::5])*s + sum(p[4::5])
 
 # %% auto #0
-__all__ = ['Poly', 'CATEGORIES', 'ACTIVATIONS', 'LOGITS', 'GRADIENTS', 'COPIES', 'TEMPORARIES', 'per_token', 'per_score',
-           'per_pair', 'per_position', 'fixed', 'value', 'Storage', 'Ghost', 'Node', 'Parameter', 'Frame', 'Counter',
-           'Recorder', 'Checkpoints', 'Engine', 'Tape', 'feeders', 'same', 'Basic', 'Pointwise', 'Sums', 'Products',
-           'Layers', 'Scores', 'Ops']
+__all__ = ['Poly', 'CATEGORIES', 'ACTIVATIONS', 'LOGITS', 'GRADIENTS', 'COPIES', 'TEMPORARIES', 'LOW', 'per_token', 'per_score',
+           'per_pair', 'per_position', 'fixed', 'value', 'Storage', 'Ghost', 'Node', 'Parameter', 'Frame', 'Ledger',
+           'Tape', 'record', 'checkpoint', 'recompute', 'arrive', 'gradients', 'feed', 'backward', 'feeders', 'to',
+           'cast_weight', 'same', 'pointwise', 'scaled', 'plus_scalar', 'add', 'mul', 'linear', 'view', 'copy',
+           'dropout', 'layer_norm', 'bmm', 'softmax', 'log_softmax']
 
 # %% ../nbs/03a_tape.ipynb #tape-006
 CATEGORIES = ("activations", "logits", "gradients", "autocast copies", "temporaries")
@@ -128,8 +129,8 @@ class _Enough(Exception):
     """Recomputing has remade the last saved tensor that backward needs."""
 
 # %% ../nbs/03a_tape.ipynb #tape-010
-class Counter:
-    """Counts live bytes by category and remembers the summits."""
+class Ledger:
+    """Counts live bytes by category, and remembers the summits by phase ("f", "b") and place in the model."""
 
     def __init__(self):
         self.live = [0]*(5*len(CATEGORIES))
@@ -137,30 +138,20 @@ class Counter:
         self.marks: dict[str, tuple[int, ...]] = {}
         self.place, self.phase, self.rising = "", "f", False
 
-    def count(self, size: Poly, kind: int, sign: int) -> None:
-        """Add (sign 1) or take away (-1) a block of memory."""
-        if sign < 0 and self.rising: self.summit()
-        self.rising = sign > 0
-        for i, c in enumerate(size):
-            if c: self.live[5*kind + i] += sign*c
-
     def allocate(self, size: Poly, kind: int) -> object:
-        """A new block of memory. What it returns stays with the storage; a tape that plays an allocator needs
-        it.
-        """
+        """A new block of memory. What it returns stays with the storage; who plays an allocator needs it."""
         self.count(size, kind, 1)
 
     def release(self, storage: Storage) -> None:
         """A block that nobody refers to any more."""
         self.count(storage.size, storage.kind, -1)
 
-    def product(self, biased: bool) -> None:
-        """Called by each matrix product, when its output is there: cuBLAS may want a workspace."""
-
-    @property
-    def recomputing(self) -> bool:
-        """Whether a checkpointed call is running for the second time."""
-        return False
+    def count(self, size: Poly, kind: int, sign: int) -> None:
+        """Add (sign 1) or take away (-1) a block of memory."""
+        if sign < 0 and self.rising: self.summit()
+        self.rising = sign > 0
+        for i, c in enumerate(size):
+            if c: self.live[5*kind + i] += sign*c
 
     def summit(self) -> None:
         """Remember this moment: the next thing that happens is a release."""
@@ -172,68 +163,31 @@ class Counter:
         if self.rising: self.summit()
         self.marks.setdefault(name, tuple(self.live))
 
+# %% ../nbs/03a_tape.ipynb #tape-017
+class Tape(Ledger):
+    """The ledger of a step, with autograd's and autocast's state.
+
+    recording: operations leave nodes. autocast: products run in 16 bits. accumulating: the gradients of
+    earlier micro-batches are there already, so that new ones are added and freed. casts: autocast's copies of
+    weights, by the place where they were made. frame: the checkpoint that is running; remade: how many of its
+    nodes have been remade, while it is recomputed; last: how many will be.
+    """
+
+    def __init__(self, accumulating: bool = False):
+        super().__init__()
+        self.recording, self.autocast, self.accumulating = True, False, accumulating
+        self.casts: list[tuple[Parameter, str]] = []
+        self.frame: Frame | None = None
+        self.remade: int | None = None
+        self.seq = self.last = 0
+
     def new(self, numel: Poly, e: int, kind: int | None = None) -> Ghost:
         """Allocate: an activation in forward, a temporary in backward, unless `kind` says otherwise."""
-        if kind is None: kind = ACTIVATIONS if self.phase == "f" or self.recomputing else TEMPORARIES
+        if kind is None: kind = ACTIVATIONS if self.phase == "f" or self.remade is not None else TEMPORARIES
         return Ghost(numel, e, Storage(self, tuple(e*c for c in numel), kind))
 
-# %% ../nbs/03a_tape.ipynb #tape-012
-class Recorder(Counter):
-    """Leaves a node for each operation; runs calls under a checkpoint."""
-
-    def __init__(self):
-        super().__init__()
-        self.seq, self.recording = 0, True
-        self.frame: Frame | None = None       # the checkpoint that is running
-        self.replayed: int | None = None      # nodes remade so far, while a checkpoint is recomputed
-        self.casts: list[tuple[Parameter, str]] = []
-
-    @property
-    def recomputing(self) -> bool:
-        """Whether a checkpointed call is running for the second time."""
-        return self.replayed is not None
-
-    def record(self, name: str, rule: Callable, inputs: Sequence, saved: Sequence = (), outputs: int = 1,
-               finish: Callable | None = None) -> Node | None:
-        """A node for an operation on `inputs` (ghosts and parameters), or None where nothing needs a
-        gradient.
-        """
-        if not self.recording or all(i is None or i.node is None for i in inputs): return None
-        nexts = tuple((i.node, getattr(i, "slot", 0)) if i is not None and i.node else None for i in inputs)
-        memory = tuple(x.storage if isinstance(x, Ghost) else None for x in saved)
-        self.seq += 1
-        node = Node(self.seq, name, memory, rule, nexts, self.place, outputs, finish)
-        if self.recomputing:                  # this memory belongs to the node of the first run
-            node.saved = ()
-            self.frame.nodes[self.replayed].saved = memory
-            self.replayed += 1
-            if self.replayed == self.last: raise _Enough
-        elif self.frame is not None:          # save nothing, only how many tensors it would have been
-            node.frame, node.saved = self.frame, len(memory)
-            self.frame.nodes.append(node)
-        return node
-
-# %% ../nbs/03a_tape.ipynb #tape-014
-class Checkpoints(Recorder):
-    """torch.utils.checkpoint in its non-reentrant form, and autocast's cache of weights."""
-
-    def checkpoint(self, fn: Callable, *args) -> Ghost:
-        """Run fn, keep only its arguments."""
-        self.frame = Frame(lambda: fn(*args))
-        out = fn(*args)
-        self.frame = None
-        return out
-
-    def recompute(self, frame: Frame) -> None:
-        """Run a checkpointed call again, up to the last tensor that it saves (torch stops early, too)."""
-        frame.filled = True
-        self.last = max((i + 1 for i, n in enumerate(frame.nodes) if n.saved), default=0)
-        if not self.last: return
-        self.frame, self.replayed = frame, 0
-        try: frame.again()
-        except _Enough: pass
-        self.frame = self.replayed = None
-        self.leave_autocast()
+    def product(self, biased: bool) -> None:
+        """Called by each matrix product, when its output is there: cuBLAS may want a workspace."""
 
     def leave_autocast(self) -> None:
         """Forget the copies of the weights; the marks tell what goes with those of block 1."""
@@ -243,71 +197,101 @@ class Checkpoints(Recorder):
         for p, _ in self.casts: p.cast = None
         self.casts.clear()
 
-# %% ../nbs/03a_tape.ipynb #tape-016
-class Engine(Checkpoints):
-    """What one node's turn in backward does to memory."""
-
-    def arrive(self, node: Node) -> None:
-        """Note which part of the model this is; recompute a checkpointed call when its first node runs."""
-        if node.place != self.place:
-            if self.rising: self.summit()
-            self.place = node.place
-            self.mark("b" + node.place)
-        if node.frame is not None and not node.frame.filled: self.recompute(node.frame)
-
-    def gradients(self, node: Node):
-        """Run a node; yields ((node, slot), gradient) for each input that wants one."""
-        grads, node.inputs = node.inputs, [None]*len(node.inputs)
-        out = node.rule(grads)
-        if node.frame is not None: node.saved = ()       # unpacked for the formula, and held by nothing else
-        if node.finish is not None: out = node.finish(out)
-        grads.clear()
-        edges, node.nexts, node.saved, node.frame = node.nexts, (), (), None
-        for i, edge in enumerate(edges):
-            if edge is None: continue
-            g, out[i] = out[i], None
-            yield edge, g
-            del g
-
-    def feed(self, node: Node, slot: int, g: Ghost) -> None:
-        """Give a node a gradient; add it to the one that waits there."""
-        slot = 0 if node.rule is None else slot
-        old = node.inputs[slot]
-        if old is None: node.inputs[slot] = g
-        elif old.view: node.inputs[slot] = self.new(old.numel, old.e, old.storage.kind)
-
-# %% ../nbs/03a_tape.ipynb #tape-017
-class Tape(Engine):
-    """Runs operations on ghosts: counts live bytes, remembers the summits, and goes backward.
-
-    accumulating: the gradients of earlier micro-batches are there already, so that new ones are added and
-    freed.
-    """
-
-    def __init__(self, accumulating: bool = False):
-        super().__init__()
-        self.accumulating = accumulating
-
     def run_backward(self, loss: Ghost) -> None:
-        """torch.autograd's engine: the node that was made last runs first, once all who feed it have run."""
-        ready, waits = [loss.node], feeders(loss.node)
-        self.phase = "b"
-        loss.node.inputs[0] = Ghost(fixed(1), 4, None)
-        del loss
-        while ready:
-            node = heapq.heappop(ready)
-            # a parameter: the gradient stays, or is added to the old one
-            if node.rule is None:
-                if not self.accumulating: node.saved = (node.inputs[0],)
-                node.inputs[0] = None
-                continue
-            self.arrive(node)
-            for (target, slot), g in self.gradients(node):
-                if g is not None: self.feed(target, slot, g)
-                waits[target] -= 1
-                if not waits[target]: heapq.heappush(ready, target)
-                del g
-        self.mark("end")
+        """loss.backward()."""
+        backward(self, loss.node)
+
+# %% ../nbs/03a_tape.ipynb #tape-012
+def record(t: Tape, name: str, rule: Callable, inputs: Sequence, saved: Sequence = (), outputs: int = 1,
+           finish: Callable | None = None) -> Node | None:
+    """A node for an operation on `inputs` (ghosts and parameters), or None where nothing needs a gradient."""
+    if not t.recording or all(i is None or i.node is None for i in inputs): return None
+    nexts = tuple((i.node, getattr(i, "slot", 0)) if i is not None and i.node else None for i in inputs)
+    memory = tuple(x.storage if isinstance(x, Ghost) else None for x in saved)
+    t.seq += 1
+    node = Node(t.seq, name, memory, rule, nexts, t.place, outputs, finish)
+    if t.remade is not None:              # this memory belongs to the node of the first run
+        node.saved = ()
+        t.frame.nodes[t.remade].saved = memory
+        t.remade += 1
+        if t.remade == t.last: raise _Enough
+    elif t.frame is not None:             # save nothing, only how many tensors it would have been
+        node.frame, node.saved = t.frame, len(memory)
+        t.frame.nodes.append(node)
+    return node
+
+# %% ../nbs/03a_tape.ipynb #tape-014
+def checkpoint(t: Tape, fn: Callable, *args) -> Ghost:
+    """torch.utils.checkpoint in its non-reentrant form: run fn, keep only its arguments."""
+    t.frame = Frame(lambda: fn(*args))
+    out = fn(*args)
+    t.frame = None
+    return out
+
+
+def recompute(t: Tape, frame: Frame) -> None:
+    """Run a checkpointed call again, up to the last tensor that it saves (torch stops early, too)."""
+    frame.filled = True
+    t.last = max((i + 1 for i, n in enumerate(frame.nodes) if n.saved), default=0)
+    if not t.last: return
+    t.frame, t.remade = frame, 0
+    try: frame.again()
+    except _Enough: pass
+    t.frame = t.remade = None
+    t.leave_autocast()
+
+# %% ../nbs/03a_tape.ipynb #tape-016
+def arrive(t: Tape, node: Node) -> None:
+    """Note which part of the model this is; recompute a checkpointed call when its first node runs."""
+    if node.place != t.place:
+        if t.rising: t.summit()
+        t.place = node.place
+        t.mark("b" + node.place)
+    if node.frame is not None and not node.frame.filled: recompute(t, node.frame)
+
+
+def gradients(node: Node):
+    """Run a node; yields ((node, slot), gradient) for each input that wants one."""
+    grads, node.inputs = node.inputs, [None]*len(node.inputs)
+    out = node.rule(grads)
+    if node.frame is not None: node.saved = ()       # unpacked for the formula, and held by nothing else
+    if node.finish is not None: out = node.finish(out)
+    grads.clear()
+    edges, node.nexts, node.saved, node.frame = node.nexts, (), (), None
+    for i, edge in enumerate(edges):
+        if edge is None: continue
+        g, out[i] = out[i], None
+        yield edge, g
+        del g
+
+
+def feed(t: Tape, node: Node, slot: int, g: Ghost) -> None:
+    """Give a node a gradient; add it to the one that waits there."""
+    slot = 0 if node.rule is None else slot
+    old = node.inputs[slot]
+    if old is None: node.inputs[slot] = g
+    elif old.view: node.inputs[slot] = t.new(old.numel, old.e, old.storage.kind)
+
+# %% ../nbs/03a_tape.ipynb #tape-034
+def backward(t: Tape, root: Node) -> None:
+    """torch.autograd's engine: the node that was made last runs first, once all who feed it have run."""
+    ready, waits = [root], feeders(root)
+    t.phase = "b"
+    root.inputs[0] = Ghost(fixed(1), 4, None)
+    while ready:
+        node = heapq.heappop(ready)
+        # a parameter: the gradient stays, or is added to the old one
+        if node.rule is None:
+            if not t.accumulating: node.saved = (node.inputs[0],)
+            node.inputs[0] = None
+            continue
+        arrive(t, node)
+        for (target, slot), g in gradients(node):
+            if g is not None: feed(t, target, slot, g)
+            waits[target] -= 1
+            if not waits[target]: heapq.heappush(ready, target)
+            del g
+    t.mark("end")
 
 
 def feeders(root: Node) -> dict[Node, int]:
@@ -321,216 +305,198 @@ def feeders(root: Node) -> dict[Node, int]:
     return waits
 
 # %% ../nbs/03a_tape.ipynb #tape-019
+LOW = 2      # bytes of a number in autocast's dtype, bf16 or fp16
+
+
+def to(t: Tape, x: Ghost, e: int) -> Ghost:
+    """A cast: x itself if it has that dtype."""
+    if x.e == e: return x
+    was = x.e
+    out = t.new(x.numel, e, LOGITS if x.storage.kind == LOGITS else None)
+    out.node = record(t, "ToCopy", lambda g: [t.new(g[0].numel, was, g[0].storage.kind)], (x,))
+    out.permuted = x.permuted
+    return out
+
+
+def cast_weight(t: Tape, p: Parameter | None) -> Parameter | Ghost | None:
+    """A weight as a product sees it: under autocast a copy, made once and kept until the context is left."""
+    if p is None or not t.autocast or p.e == LOW: return p
+    if p.cast is None:
+        n, was = p.numel, p.e
+        p.cast = t.new(fixed(n), LOW, COPIES)
+        p.cast.node = record(t, "ToCopy", lambda g: [t.new(fixed(n), was, GRADIENTS)], (p,))
+        t.casts.append((p, t.place))
+    return p.cast
+
+# %% ../nbs/03a_tape.ipynb #tape-020
 def same(grads: list) -> list:
     """The rule of an operation whose gradient passes unchanged."""
     return [grads[0]]
 
 
-class Basic:
-    """Operations on one tensor. autocast: products take copies in `low` bytes of what is in fp32."""
+def pointwise(t: Tape, name: str, x: Ghost, saves: str, extra: int = 0) -> Ghost:
+    """A function that saves its input ("x"), its output ("y") or nothing (""). extra: how many tensors its
+    backward makes beside the result.
+    """
+    numel, e = x.numel, x.e
 
-    def __init__(self, tape: Tape, autocast: bool, low: int = 2):
-        self.t, self.autocast, self.low = tape, autocast, low
+    def rule(g):
+        return [t.new(numel, e) for _ in range(1 + extra)][-1:]
+    node = None if saves == "y" else record(t, name, rule, (x,), (x,) if saves else ())
+    y = t.new(numel, e)
+    y.node = record(t, name, rule, (x,), (y,)) if saves == "y" else node
+    y.permuted = x.permuted
+    return y
 
-    def to(self, x: Ghost, e: int) -> Ghost:
-        """A cast: x itself if it has that dtype."""
-        if x.e == e: return x
-        t, was = self.t, x.e
-        out = t.new(x.numel, e, LOGITS if x.storage.kind == LOGITS else None)
-        out.node = t.record("ToCopy", lambda g: [t.new(g[0].numel, was, g[0].storage.kind)], (x,))
-        out.permuted = x.permuted
-        return out
 
-    def copy_of(self, p: Parameter | None) -> Parameter | Ghost | None:
-        """A weight as a product sees it: under autocast a copy, made once and kept until the context is left.
-        """
-        if p is None or not self.autocast or p.e == self.low: return p
-        if p.cast is None:
-            t, n, was = self.t, p.numel, p.e
-            p.cast = t.new(fixed(n), self.low, COPIES)
-            p.cast.node = t.record("ToCopy", lambda g: [t.new(fixed(n), was, GRADIENTS)], (p,))
-            t.casts.append((p, t.place))
-        return p.cast
+def scaled(t: Tape, x: Ghost) -> Ghost:
+    """x times a number."""
+    return pointwise(t, "Mul", x, "")
 
-# %% ../nbs/03a_tape.ipynb #tape-020
-class Pointwise(Basic):
-    """Functions of single elements."""
 
-    def pointwise(self, name: str, x: Ghost, saves: str, extra: int = 0) -> Ghost:
-        """A function that saves its input ("x"), its output ("y") or nothing (""); extra: temporaries of
-        backward.
-        """
-        t, numel, e = self.t, x.numel, x.e
-
-        def rule(g):
-            return [t.new(numel, e) for _ in range(1 + extra)][-1:]
-        node = None if saves == "y" else t.record(name, rule, (x,), (x,) if saves else ())
-        y = t.new(numel, e)
-        y.node = t.record(name, rule, (x,), (y,)) if saves == "y" else node
-        y.permuted = x.permuted
-        return y
-
-    def plus_scalar(self, x: Ghost) -> Ghost:
-        """x + a number."""
-        y = self.t.new(x.numel, x.e)
-        y.node = self.t.record("Add", same, (x,))
-        return y
+def plus_scalar(t: Tape, x: Ghost) -> Ghost:
+    """x + a number."""
+    y = t.new(x.numel, x.e)
+    y.node = record(t, "Add", same, (x,))
+    return y
 
 # %% ../nbs/03a_tape.ipynb #tape-021
-class Sums(Pointwise):
-    """Sums and products of two tensors."""
+def add(t: Tape, x: Ghost, y: Ghost) -> Ghost:
+    """x + y in the wider of their dtypes; each side gets the gradient in its own."""
+    ex, ey = x.e, y.e
 
-    def add(self, x: Ghost, y: Ghost) -> Ghost:
-        """x + y in the wider of their dtypes; each side gets the gradient in its own."""
-        t, ex, ey = self.t, x.e, y.e
+    def finish(g):
+        return [a if a.e == e else t.new(a.numel, e) for a, e in zip(g, (ex, ey))]
+    out = t.new(x.numel, max(ex, ey))
+    out.node = record(t, "Add", lambda g: [g[0], g[0]], (x, y), finish=finish if ex != ey else None)
+    return out
 
-        def finish(g):
-            return [a if a.e == e else t.new(a.numel, e) for a, e in zip(g, (ex, ey))]
-        out = t.new(x.numel, max(ex, ey))
-        out.node = t.record("Add", lambda g: [g[0], g[0]], (x, y), finish=finish if ex != ey else None)
-        return out
 
-    def mul(self, x: Ghost, y: Ghost | Parameter, small: Poly | None = None) -> Ghost:
-        """x·y in the wider of their dtypes. small: y has only so many elements and is repeated; its gradient
-        is added up.
-        """
-        t, e, ex, ey, numel = self.t, max(x.e, y.e), x.e, y.e, x.numel
-        need_x, need_y = x.node is not None, y.node is not None
-        weight = isinstance(y, Parameter)
+def mul(t: Tape, x: Ghost, y: Ghost | Parameter, small: Poly | None = None) -> Ghost:
+    """x·y in the wider of their dtypes. small: y has only so many elements and is repeated; its gradient is
+    added up.
+    """
+    e, ex, ey, numel = max(x.e, y.e), x.e, y.e, x.numel
+    need_x, need_y = x.node is not None, y.node is not None
+    weight = isinstance(y, Parameter)
 
-        def rule(g):
-            return [t.new(numel, e) if need_x else None, t.new(numel, e) if need_y else None]
+    def rule(g):
+        return [t.new(numel, e) if need_x else None, t.new(numel, e) if need_y else None]
 
-        def finish(g):
-            if need_x and ex != e: g[0] = t.new(numel, ex)
-            if need_y and small: g[1] = t.new(small, ey, GRADIENTS if weight else None)
-            elif need_y and ey != e: g[1] = t.new(numel, ey)
-            return g
-        node = t.record("Mul", rule, (x, y), (y if need_x else None, x if need_y else None), finish=finish)
-        out = t.new(numel, e)
-        out.node, out.permuted = node, x.permuted
-        return out
+    def finish(g):
+        if need_x and ex != e: g[0] = t.new(numel, ex)
+        if need_y and small: g[1] = t.new(small, ey, GRADIENTS if weight else None)
+        elif need_y and ey != e: g[1] = t.new(numel, ey)
+        return g
+    node = record(t, "Mul", rule, (x, y), (y if need_x else None, x if need_y else None), finish=finish)
+    out = t.new(numel, e)
+    out.node, out.permuted = node, x.permuted
+    return out
 
 # %% ../nbs/03a_tape.ipynb #tape-023
-class Products(Sums):
-    """Linear layers."""
+def linear(t: Tape, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = None, kind: int | None = None,
+           low: bool = False, conv1d: bool = False) -> Ghost:
+    """x·W (+ b), with `out` elements. low: under autocast it runs in low precision. conv1d: GPT-2's layer,
+    which casts in another order.
+    """
+    if low and conv1d: wc = cast_weight(t, w); x = to(t, x, LOW); bc = cast_weight(t, bias)
+    elif low: bc = cast_weight(t, bias); wc = cast_weight(t, w); x = to(t, x, LOW)
+    else: wc, bc = w, bias
+    e, n_x, n_w, n_b = x.e, x.numel, fixed(w.numel), fixed(bias.numel if bias else 0)
+    need_x, need_w = x.node is not None, wc.node is not None
+    need_b = bc is not None and bc.node is not None
+    biased = bias is not None
 
-    def linear(self, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = None,
-               kind: int | None = None,
-                low: bool = False, conv1d: bool = False) -> Ghost:
-        """x·W (+ b), with `out` elements. low: under autocast it runs in low precision. conv1d: GPT-2's
-        layer, which casts in another order.
-        """
-        t = self.t
-        if low and conv1d: wc = self.copy_of(w); x = self.to(x, self.low); bc = self.copy_of(bias)
-        elif low: bc = self.copy_of(bias); wc = self.copy_of(w); x = self.to(x, self.low)
-        else: wc, bc = w, bias
-        e, n_x, n_w, n_b = x.e, x.numel, fixed(w.numel), fixed(bias.numel if bias else 0)
-        need_x, need_w = x.node is not None, wc.node is not None
-        need_b = bc is not None and bc.node is not None
-        biased = bias is not None
+    def rule(g):
+        a = t.new(n_x, e) if biased and need_x else None
+        if a: t.product(False)
+        b = t.new(n_w, e, GRADIENTS) if need_w else None
+        t.product(False)
+        if not biased and need_x: a = t.new(n_x, e)
+        return [a and a.alias(), b and (b if conv1d else b.alias()), None]
 
-        def rule(g):
-            a = t.new(n_x, e) if biased and need_x else None
-            if a: t.product(False)
-            b = t.new(n_w, e, GRADIENTS) if need_w else None
-            t.product(False)
-            if not biased and need_x: a = t.new(n_x, e)
-            return [a and a.alias(), b and (b if conv1d else b.alias()), None]
-
-        def finish(g):
-            if need_b: g[2] = t.new(n_b, e, GRADIENTS)
-            return g
-        saved = (x if need_w else None, wc if need_x else None)
-        node = t.record("Linear", rule, (x, wc, bc), saved, finish=finish)
-        y = t.new(out, e, kind)
-        t.product(biased)
-        y.node = node
-        return y
+    def finish(g):
+        if need_b: g[2] = t.new(n_b, e, GRADIENTS)
+        return g
+    saved = (x if need_w else None, wc if need_x else None)
+    node = record(t, "Linear", rule, (x, wc, bc), saved, finish=finish)
+    y = t.new(out, e, kind)
+    t.product(biased)
+    y.node = node
+    return y
 
 # %% ../nbs/03a_tape.ipynb #tape-024
-class Layers(Products):
-    """Views, dropout and LayerNorm."""
+def view(t: Tape, x: Ghost) -> Ghost:
+    """Another shape of the same memory. Backward copies a gradient whose order of elements does not allow a
+    view.
+    """
+    def rule(g):
+        return [t.new(g[0].numel, g[0].e).alias() if g[0].permuted else g[0].alias()]
+    return x.alias(record(t, "View", rule, (x,)), permuted=False)
 
-    def view(self, x: Ghost) -> Ghost:
-        """Another shape of the same memory. Backward copies a gradient whose order of elements does not allow
-        a view.
-        """
-        t = self.t
 
-        def rule(g):
-            return [t.new(g[0].numel, g[0].e).alias() if g[0].permuted else g[0].alias()]
-        return x.alias(t.record("View", rule, (x,)), permuted=False)
-
-    def dropout(self, x: Ghost, p: float) -> Ghost:
-        """Dropout with probability p: a mask of one byte per element, and the result."""
-        if not p: return x
-        t, numel, e = self.t, x.numel, x.e
-        mask = t.new(numel, 1)
-        y = t.new(numel, e)
-        y.node = t.record("NativeDropout", lambda g: [t.new(numel, e)], (x,), (mask,))
-        return y
-
-    def layer_norm(self, x: Ghost, w: Parameter, b: Parameter, rows: Poly) -> Ghost:
-        """LayerNorm over `rows` rows, one kernel; autocast runs it in fp32."""
-        t = self.t
-        if self.autocast: x = self.to(x, 4)
-        numel, e, n, ew = x.numel, x.e, fixed(w.numel), w.e
-        y, mean, inverse = t.new(numel, e), t.new(rows, 4), t.new(rows, 4)
-
-        def rule(g):
-            return [t.new(numel, e), t.new(n, ew, GRADIENTS), t.new(n, ew, GRADIENTS)]
-        y.node = t.record("NativeLayerNorm", rule, (x, w, b), (x, mean, inverse))
-        return y
+def copy(t: Tape, x: Ghost, numel: Poly | None = None) -> Ghost:
+    """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats up)."""
+    was, e = x.numel, x.e
+    out = t.new(numel or was, e)
+    repeated = numel is not None and numel != was
+    out.node = record(t, "Copy", (lambda g: [t.new(was, e)]) if repeated else same, (x,))
+    return out
 
 # %% ../nbs/03a_tape.ipynb #tape-025
-class Scores(Layers):
-    """Products of activations, and softmax."""
+def dropout(t: Tape, x: Ghost, p: float) -> Ghost:
+    """Dropout with probability p: a mask of one byte per element, and the result."""
+    if not p: return x
+    numel, e = x.numel, x.e
+    mask = t.new(numel, 1)
+    y = t.new(numel, e)
+    y.node = record(t, "NativeDropout", lambda g: [t.new(numel, e)], (x,), (mask,))
+    return y
 
-    def bmm(self, x: Ghost, y: Ghost, out: Poly) -> Ghost:
-        """A batched product of two activations: saves both."""
-        t = self.t
-        if self.autocast: x, y = self.to(x, self.low), self.to(y, self.low)
-        e, nx, ny = x.e, x.numel, y.numel
 
-        def rule(g):
-            gy = t.new(ny, e)
-            return [t.new(nx, e), gy]
-        node = t.record("Bmm", rule, (x, y), (x, y))
-        z = t.new(out, e)
-        z.node = node
-        return z
+def layer_norm(t: Tape, x: Ghost, w: Parameter, b: Parameter, rows: Poly) -> Ghost:
+    """LayerNorm over `rows` rows, one kernel; autocast runs it in fp32."""
+    if t.autocast: x = to(t, x, 4)
+    numel, e, n, ew = x.numel, x.e, fixed(w.numel), w.e
+    y, mean, inverse = t.new(numel, e), t.new(rows, 4), t.new(rows, 4)
 
-    def softmax(self, x: Ghost, e: int) -> Ghost:
-        """Softmax in e bytes: saves its output; its backward makes g·y beside the result."""
-        t, numel = self.t, x.numel
-        x = self.to(x, e)
-        y = t.new(numel, e)
-
-        def rule(g):
-            out = t.new(numel, e)
-            t.new(numel, e)
-            return [out]
-        y.node = t.record("Softmax", rule, (x,), (y,))
-        return y
+    def rule(g):
+        return [t.new(numel, e), t.new(n, ew, GRADIENTS), t.new(n, ew, GRADIENTS)]
+    y.node = record(t, "NativeLayerNorm", rule, (x, w, b), (x, mean, inverse))
+    return y
 
 # %% ../nbs/03a_tape.ipynb #tape-026
-class Ops(Scores):
-    """All operations: these, and what attention and the loss need."""
+def bmm(t: Tape, x: Ghost, y: Ghost, out: Poly) -> Ghost:
+    """A batched product of two activations: saves both."""
+    if t.autocast: x, y = to(t, x, LOW), to(t, y, LOW)
+    e, nx, ny = x.e, x.numel, y.numel
 
-    def log_softmax(self, x: Ghost) -> Ghost:
-        """Log-softmax over the vocabulary: saves its output."""
-        t, numel, e = self.t, x.numel, x.e
-        y = t.new(numel, e, LOGITS)
-        y.node = t.record("LogSoftmax", lambda g: [t.new(numel, e, LOGITS)], (x,), (y,))
-        return y
+    def rule(g):
+        gy = t.new(ny, e)
+        return [t.new(nx, e), gy]
+    node = record(t, "Bmm", rule, (x, y), (x, y))
+    z = t.new(out, e)
+    z.node = node
+    return z
 
-    def copy(self, x: Ghost, numel: Poly | None = None) -> Ghost:
-        """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats
-        up).
-        """
-        t, was, e = self.t, x.numel, x.e
-        out = t.new(numel or was, e)
-        repeated = numel is not None and numel != was
-        out.node = t.record("Copy", (lambda g: [t.new(was, e)]) if repeated else same, (x,))
-        return out
+
+def softmax(t: Tape, x: Ghost, e: int) -> Ghost:
+    """Softmax in e bytes: saves its output; its backward makes g·y beside the result."""
+    numel = x.numel
+    x = to(t, x, e)
+    y = t.new(numel, e)
+
+    def rule(g):
+        out = t.new(numel, e)
+        t.new(numel, e)
+        return [out]
+    y.node = record(t, "Softmax", rule, (x,), (y,))
+    return y
+
+
+def log_softmax(t: Tape, x: Ghost) -> Ghost:
+    """Log-softmax over the vocabulary: saves its output."""
+    numel, e = x.numel, x.e
+    y = t.new(numel, e, LOGITS)
+    y.node = record(t, "LogSoftmax", lambda g: [t.new(numel, e, LOGITS)], (x,), (y,))
+    return y

@@ -11,6 +11,7 @@ NBS_YES=1 (do not ask), and pip's own (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_NO_IND
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import hashlib
 import importlib.metadata as metadata
 import importlib.util
@@ -159,6 +160,8 @@ def fingerprint(kept: dict[str, str]) -> str:
 def main() -> None:
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         give_up(f"This is Python {sys.version.split()[0]}; the course runs on 3.11, 3.12 and 3.13.", "make PYTHON=/path/to/python3.12 …")
+    lock = open(ROOT / ".venv.lock", "w")  # two commands started at once: the second waits for the first
+    fcntl.flock(lock, fcntl.LOCK_EX)
     cuda, installed = cuda_of_torch(), machine_packages()
     kept = closure(KEPT, installed) if cuda else {}
     mark = fingerprint(kept)
