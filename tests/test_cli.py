@@ -102,6 +102,22 @@ def test_fit_with_ones_own_config_json(tmp_path):
     assert mine["parameters"] == known["parameters"] and mine["peak"] == known["peak"]
 
 
+def fake_smi(folder: Path, line: str) -> str:
+    """A PATH on which nvidia-smi says `line`."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{line}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_fit_asks_about_the_card_in_this_machine(tmp_path):
+    path = fake_smi(tmp_path / "known", "NVIDIA L4, 23034, 550.54.15, 72.00, [N/A]")
+    assert json.loads(nbs("fit", "gpt2", "--json", PATH=path).stdout)["gpu"] == "l4"
+    assert json.loads(nbs("fit", "gpt2", "--gpu", "a10", "--json", PATH=path).stdout)["gpu"] == "a10"
+    run = nbs("fit", "gpt2", PATH=fake_smi(tmp_path / "unknown", "NVIDIA Imaginary 9000, 23034, 550.54.15, 72.00, [N/A]"))
+    assert run.returncode == 2 and "Imaginary" in run.stderr and "--gpu" in run.stderr
+
+
 def test_importing_the_arithmetic_loads_no_torch_and_no_rich():
     code = "import sys, nbs_lib.hardware, nbs_lib.models, nbs_lib.memory; print([m for m in ('torch', 'numpy', 'rich', 'jax', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

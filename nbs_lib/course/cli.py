@@ -41,7 +41,7 @@ def parser() -> Parser:
     fit = commands.add_parser("fit", help="will this training fit on that card, and if not, what is the cheapest change?",
                               description="Predict the peak memory of a training step and compare it with a card. Exit code 0: it fits, 1: it does not, 2: bad input.")
     fit.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json")
-    fit.add_argument("--gpu", default="h100-sxm", help="the card (default: %(default)s)")
+    fit.add_argument("--gpu", help="the card (default: the one in this machine, else h100-sxm)")
     fit.add_argument("--gpus", type=whole, default=1, metavar="N", help="how many of them (default: 1)")
     fit.add_argument("--batch", type=whole, default=1, help="sequences per GPU and micro-batch (default: 1)")
     fit.add_argument("--seq", type=whole, help="tokens per sequence (default: 2048, or the model's most if that is less)")
@@ -114,7 +114,11 @@ def run_fit(args) -> int:
     from .fit import smallest_world, ways_out
 
     gc.disable()  # a short-lived process that makes many small objects and no cycles that matter
-    model, card = models.arch(args.model), hardware.gpu(args.gpu)
+    model = models.arch(args.model)
+    here = [] if args.gpu else hardware.detect()
+    if here and here[0].gpu is None:
+        raise BadInput(f"the card in this machine cannot be used as it is ({here[0].reason}); name one with --gpu")
+    card = hardware.gpu(args.gpu) if args.gpu else here[0].gpu if here else hardware.gpu("h100-sxm")
     seq = args.seq or min(2048, model.max_positions)
     settings = dict(batch=args.batch, seq=seq, precision=args.precision, optimizer=args.optimizer, checkpointing=args.checkpointing,
                     attention=args.attention, accumulation=args.accumulation, strategy=args.strategy or ("full_shard" if args.gpus > 1 else "single"),

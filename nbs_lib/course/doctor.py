@@ -50,17 +50,16 @@ def _packages() -> list[Finding]:
 
 
 def _gpu() -> Finding:
-    from ..hardware import detect
+    from ..hardware import detect_why
 
-    try:
-        cards = detect()
-    except ValueError as e:
-        return Finding("GPU", "note", str(e), "predictions take `--gpu NAME`; the labs measure on it all the same")
+    cards, why = detect_why()
     if not cards:
-        return Finding("GPU", "note", "none found (nvidia-smi)", "the labs fall back on the CPU and on stored H100 measurements")
-    names = ", ".join(str(getattr(c, "name", c)) for c in cards)
-    cuda = _torch_sees_cuda()
-    return Finding("GPU", "ok" if cuda else "missing", names, "" if cuda else "this torch has no CUDA: install a CUDA build of torch 2.11 to 2.13 in the environment")
+        return Finding("GPU", "note", why, "the labs fall back on the CPU and on stored H100 measurements")
+    names = ", ".join(f"{card.name} ({card.gpu.name if card.gpu else card.reason})" for card in cards)
+    if not _torch_sees_cuda():
+        return Finding("GPU", "missing", names, "this torch has no CUDA: install a CUDA build of torch 2.11 to 2.13 in the environment")
+    known = all(card.gpu for card in cards)
+    return Finding("GPU", "ok" if known else "note", names, "" if known else "predictions need a card's name (`--gpu`); the labs measure on this one all the same")
 
 
 def _torch_sees_cuda() -> bool:
