@@ -116,8 +116,10 @@ def test_saved_tensors_equal_the_ledger_to_the_byte(name, precision, b, s):
     weight, products = PRECISIONS[precision]
     ledger = value(step(arch(SMALL[name]), weight, products, "eager").after_forward[1], b*s, s)
     real = saved_bytes(SMALL[name], b, s, precision)
-    assert real - ledger == (-896 if (name, b, s) == ("mixtral", 3, 40) else real - ledger if name == "mixtral" else 0)
-    if name == "mixtral": assert abs(real - ledger) < 2000       # a few indices a layer
+    if name == "mixtral":       # a CPU routes rows to experts by its own way, whose indices differ by version and by a few hundred bytes
+        assert abs(real - ledger) < 0.0005*real
+    else:
+        assert real == ledger
 
 
 def test_known_formulas_of_a_block():
