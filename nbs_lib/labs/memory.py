@@ -219,9 +219,23 @@ def step_peaks(b: Bench, checkpointing: bool = False, batch: int | None = None, 
         torch.cuda.empty_cache()
     return peaks
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-012
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-009
 _ref = arch("llama-3-8b")
 
+
+def layer_bytes(a: Arch) -> int:
+    """Bytes per token that a Llama-like layer keeps for the backward pass in bf16 with SDPA (chapter 3's ledger)."""
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    return 16 * a.hidden + 4 * q + 4 * kv + 8 * a.ffn + 4 * a.heads + 8
+
+
+def _start(b: Bench, states: int = 6, logits: int = 12, checkpointing: bool = False) -> int:
+    """Bytes alive at the start of the backward pass of a step in bf16."""
+    a = b.model
+    layer = 2 * a.hidden if checkpointing else layer_bytes(a)
+    return states * a.parameters + a.layers * b.tokens * layer + logits * b.tokens * a.vocab
+
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-013
 lab.exercise(1, "weights, gradients, moments", unit="bytes",
     misses=[(lambda: 4 * bench().model.parameters, "That is the weights alone."),
             (lambda: 8 * bench().model.parameters, "That is half: weights and gradients without AdamW's moments, or all four arrays in 2 bytes."),
@@ -240,7 +254,7 @@ lab.exercise(1, "weights, gradients, moments", unit="bytes",
          "d": "16 bytes is mixed precision by autocast, where weights, gradients and moments all stay in fp32 and only products run in bf16. "
               "Here the weights themselves are bf16."}))
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-018
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-019
 lab.exercise(2, "what a feed-forward layer keeps", unit="bytes",
     misses=[(lambda: bench().tokens * (2 * bench().model.hidden + 6 * bench().model.ffn), "One tensor of T × f is missing: gate and act are two."),
             (lambda: 8 * bench().tokens * bench().model.ffn, "x is missing: both first products need it.")], hints=(
@@ -256,10 +270,10 @@ lab.exercise(2, "what a feed-forward layer keeps", unit="bytes",
             (lambda T, h, f: 4 * T * h + 16 * T * f, "Right tensors, wrong size: bf16 takes 2 bytes an entry, not 4."),
             (lambda T, h, f: T * h + 4 * T * f, "Right tensors, but these are entries; bytes are twice as many in bf16."),
             (lambda T, h, f: 2 * T * h + 2 * T * f, "That keeps x and the last product only. silu and act * up have derivatives, too.")],
-        why="One T × h and four T × f. In Llama-3-8B that is 8f = 114,688 of the 200,840 bytes that a layer keeps for each token: the "
-            "feed-forward layer, not attention, holds most activations."))
+        why=f"One T × h and four T × f. In Llama-3-8B the four are 8f = {8 * _ref.ffn:,} of the {layer_bytes(_ref):,} bytes that a layer keeps for each "
+            "token: the feed-forward layer, not attention, holds most activations."))
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-023
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-024
 _V8 = _ref.vocab
 
 lab.exercise(3, "logits and loss at their peak", unit="bytes",
@@ -279,20 +293,7 @@ lab.exercise(3, "logits and loss at their peak", unit="bytes",
             (lambda: 12 * 8192 * 32000 / 2**30, "That is a vocabulary of 32,000, as Llama 1 and 2 have. Llama 3 has 128,256.")],
         why="For one sequence: more than half of a 16 GB card. This is why fused and chunked losses exist."))
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-029
-def _start(b: Bench, states: int = 6, logits: int = 12, checkpointing: bool = False) -> int:
-    """Bytes alive at the start of the backward pass of a step in bf16."""
-    a = b.model
-    layer = 2 * a.hidden if checkpointing else layer_bytes(a)
-    return states * a.parameters + a.layers * b.tokens * layer + logits * b.tokens * a.vocab
-
-
-def layer_bytes(a: Arch) -> int:
-    """Bytes per token that a Llama-like layer keeps for the backward pass in bf16 with SDPA (chapter 3's ledger)."""
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    return 16 * a.hidden + 4 * q + 4 * kv + 8 * a.ffn + 4 * a.heads + 8
-
-
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-030
 lab.exercise(4, "the peak of a step", unit="bytes",
     misses=[(lambda: 10 * bench().model.parameters, "That is the optimizer's step; with this many tokens the start of the backward pass holds more."),
             (lambda: _start(bench(), logits=0), "The logits are missing: 12 bytes for each token and vocabulary entry."),
@@ -307,7 +308,7 @@ lab.exercise(4, "the peak of a step", unit="bytes",
          "c": "With few tokens the states decide, and the optimizer's step holds weights, gradients, two moments and temporaries: 10 "
               "bytes per parameter in bf16. No smaller batch helps there; a fused AdamW, which needs no temporaries, does."}))
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-036
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-037
 lab.exercise(5, "the peak with checkpointing", unit="bytes",
     misses=[(lambda: _start(bench()), "That is the peak without checkpointing."),
             (lambda: _start(bench(), logits=0, checkpointing=True), "Checkpointing leaves the logits alone; they are missing here.")], hints=(
@@ -320,10 +321,10 @@ lab.exercise(5, "the peak with checkpointing", unit="bytes",
             (lambda: 100 * 2 * _ref.hidden / (16 * _ref.hidden), "That leaves out attention and the feed-forward layer's f; divide by everything that a layer keeps."),
             (lambda: 2 * _ref.hidden / layer_bytes(_ref), "That is the fraction; the question asks for percent."),
             (lambda: 100 * (1 - 2 * _ref.hidden / layer_bytes(_ref)), "That is the share that goes away; the question asks for what remains.")],
-        why="About a twenty-fifth of the activations remain, for one more forward pass: the step computes 4/3 of what it did. Logits and states stay "
-            "as they were, so what you gain in all depends on how large they are."))
+        why=f"{2 * _ref.hidden / layer_bytes(_ref):.1%} of the activations remain, for one more forward pass: the step computes 4/3 of what it did. Logits "
+            "and states stay as they were, so what you gain in all depends on how large they are."))
 
-# %% ../../nbs/labs/03_memory.ipynb #03-memory-042
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-043
 def stored_row() -> dict:
     """The stored H100 measurement of Llama-3-8B, bf16, AdamW, batch 1 × 2,048 tokens, with its provenance."""
     from nbs_lib.memory import measurements
@@ -342,8 +343,9 @@ lab.exercise(6, "Llama-3-8B on one H100", unit="bytes",
             (lambda: 6 * _ref.parameters + 2048 * (32 * layer_bytes(_ref) + 12 * _ref.vocab), "That is the start of the backward pass; here the optimizer's step holds more.")], hints=(
         "Write down the three moments with P = 8.03e9. Which is the largest?",
         "States alone: 6, 8 and 10 bytes per parameter at the three moments. Then add activations and logits where they are alive.",
-        "The optimizer's step: 10 bytes for each of 8.03e9 parameters, about 80 GB. The start of the backward pass holds 48 GB of states, 13 GB of "
-        "activations and 3 GB of logits and loss."),
+        f"The optimizer's step: 10 bytes for each parameter, about {10 * _ref.parameters / 1e9:.0f} GB. The start of the backward pass holds "
+        f"{6 * _ref.parameters / 1e9:.0f} GB of states, {_ref.layers * 2048 * layer_bytes(_ref) / 1e9:.0f} GB of activations and "
+        f"{12 * 2048 * _ref.vocab / 1e9:.0f} GB of logits and loss."),
     explain=Choice(
         {"a": "checkpointing", "b": "a sequence of 1,024 instead of 2,048 tokens", "c": "optimizer=\"adamw_fused\"", "d": "attention=\"eager\""}, "c",
         {"a": f"Checkpointing takes the peak from {_eight():.1f} to {_eight(checkpointing=True):.1f} GiB: the peak lies in the optimizer's step, "
