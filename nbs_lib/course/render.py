@@ -20,6 +20,7 @@ from . import notebooks
 from .notebooks import NotebookError
 
 HERE = Path(__file__).parent
+MARKS = ".marks.json"
 #: Links between notebooks work in JupyterLab and become links between pages; the worksheets' downloads are HTML and stay.
 PAGE_LINK = re.compile(r"\]\((?![a-z]+:)([^)\s]+)\.ipynb(#[^)]*)?\)")
 
@@ -61,11 +62,11 @@ def configuration(root: Path) -> dict:
 def sources(root: Path, config: dict) -> list[Path]:
     """The notebooks that make the site, in the order of `_quarto.yml`, relative to `root`.
 
-    Raises BuildError when one that `_quarto.yml` names is not there.
+    Raises NotebookError when one that `_quarto.yml` names is not there.
     """
     for name in config["project"]["render"]:
         if not set("*?[") & set(name) and not (root / name).is_file():
-            raise BuildError(f"{root / name}: _quarto.yml names this notebook, and it is not there")
+            raise NotebookError(f"{root / name}: _quarto.yml names this notebook, and it is not there")
     return [path.relative_to(root) for pattern in config["project"]["render"] for path in sorted(root.glob(pattern))]
 
 
@@ -83,15 +84,19 @@ def build(root: Path, out: Path | None = None, *, quarto: bool | None = None) ->
     if quarto and not found:
         raise BuildError("there is no `quarto` on PATH; without it the site is built with Pandoc (leave --quarto out)")
     use_quarto = bool(found) if quarto is None else quarto
+    targets = [str(p.with_suffix(".html")) for p in pages]
+    marks = {} if use_quarto else _marks(root, config, pages)
+    if marks and _read_json(out / MARKS) == marks and all((out / t).is_file() for t in targets):
+        return Built(targets, 0, "Pandoc", time.perf_counter() - began)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     new.chmod(0o755)
     try:
-        fresh = _with_quarto(root, new, pages) if use_quarto else _with_pandoc(root, new, config, pages, out)
+        fresh = _with_quarto(root, new, pages) if use_quarto else _with_pandoc(root, new, config, marks, out)
         _swap(new, out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return Built([str(p.with_suffix(".html")) for p in pages], fresh, "Quarto" if use_quarto else "Pandoc", time.perf_counter() - began)
+    return Built(targets, fresh, "Quarto" if use_quarto else "Pandoc", time.perf_counter() - began)
 
 
 def _swap(new: Path, out: Path) -> None:
@@ -110,29 +115,39 @@ def _with_quarto(root: Path, new: Path, pages: list[Path]) -> int:
     return len(pages)
 
 
-def _with_pandoc(root: Path, new: Path, config: dict, pages: list[Path], old: Path) -> int:
-    """Every page whose sources changed is rendered; the others are taken over from the old site."""
-    fresh, marks = 0, {}
-    before = _read_json(old / ".marks.json")
+def _marks(root: Path, config: dict, pages: list[Path]) -> dict[str, str]:
+    """What a site is made of, as digests: of each page with all that goes into it, and of the files beside the pages."""
     common = hashlib.sha256((root / "_quarto.yml").read_bytes())
     for part in [HERE / "render.py", HERE / "notebooks.py", *sorted(root.glob("slides/theme/*.html")), *sorted(root.glob("nbs/**/_metadata.yml")), *sorted(root.glob("slides/_metadata.yml"))]:
         common.update(part.read_bytes())
+    marks = {str(page): hashlib.sha256(common.digest() + (root / page).read_bytes()).hexdigest() for page in pages}
+    beside = hashlib.sha256()
+    for path in _resources(root, config):
+        beside.update(str(path).encode() + path.read_bytes())
+    return {**marks, "beside": beside.hexdigest()}
+
+
+def _resources(root: Path, config: dict) -> list[Path]:
+    return [path for pattern in config["project"].get("resources", []) for path in sorted(root.glob(pattern.lstrip("/")))]
+
+
+def _with_pandoc(root: Path, new: Path, config: dict, marks: dict[str, str], old: Path) -> int:
+    """Every page whose mark changed is rendered; the others are taken over from the old site."""
+    fresh, before, pages = 0, _read_json(old / MARKS), [Path(name) for name in marks if name != "beside"]
     for page in pages:
-        target, source = page.with_suffix(".html"), (root / page).read_bytes()
-        marks[str(target)] = hashlib.sha256(common.digest() + source).hexdigest()
+        target = page.with_suffix(".html")
         (new / target).parent.mkdir(parents=True, exist_ok=True)
-        if before.get(str(target)) == marks[str(target)] and (old / target).is_file():
+        if before.get(str(page)) == marks[str(page)] and (old / target).is_file():
             shutil.copy2(old / target, new / target)
         else:
             (new / target).write_text(render_page(root, page, config), encoding="utf-8")
             fresh += 1
-    (new / ".marks.json").write_text(json.dumps(marks))
+    (new / MARKS).write_text(json.dumps(marks))
     _copy_assets(root, new, config)
-    home = pages[0].with_suffix(".html")
+    home, title = pages[0].with_suffix(".html"), config["website"]["title"]
     (new / "index.html").write_text(
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{config["website"]["title"]}</title>'
-        f'<meta http-equiv="refresh" content="0; url={home}"></head><body><main><h1>{config["website"]["title"]}</h1>'
-        f'<a href="{home}">To the front page</a></main></body></html>', encoding="utf-8")
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta http-equiv="refresh" content="0; url={home}"></head>'
+        f'<body><main><h1>{title}</h1><a href="{home}">To the front page</a></main></body></html>', encoding="utf-8")
     return fresh
 
 
@@ -151,10 +166,9 @@ def _copy_assets(root: Path, new: Path, config: dict) -> None:
     for part in ("dist/reset.css", "dist/reveal.css", "dist/reveal.js", "plugin/notes/notes.js", "plugin/notes/speaker-view.html"):
         (libs / "revealjs" / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(reveal / part, libs / "revealjs" / part)
-    for pattern in config["project"].get("resources", []):
-        for path in root.glob(pattern.lstrip("/")):
-            (new / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, new / path.relative_to(root))
+    for path in _resources(root, config):
+        (new / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, new / path.relative_to(root))
 
 
 def metadata(root: Path, page: Path, nb: dict, config: dict) -> dict:
