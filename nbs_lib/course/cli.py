@@ -33,6 +33,19 @@ def whole(text: str) -> int:
     return number
 
 
+def _step_options(command: Parser) -> None:
+    """What describes a training step on one GPU, for `fit` and `measure`."""
+    command.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json")
+    command.add_argument("--batch", type=whole, default=1, help="sequences per GPU and micro-batch (default: 1)")
+    command.add_argument("--seq", type=whole, help="tokens per sequence (default: 2048, or the model's most if that is less)")
+    command.add_argument("--precision", default="bf16", help="fp32, bf16, amp_bf16, amp_fp16 (default: %(default)s)")
+    command.add_argument("--optimizer", default="adamw", help="adamw, adamw_fused, sgd, sgd_momentum, adamw_8bit (default: %(default)s)")
+    command.add_argument("--attention", default="sdpa", help="sdpa or eager (default: %(default)s)")
+    command.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    command.add_argument("--accumulation", type=whole, default=1, metavar="N", help="micro-batches per step (default: 1)")
+    command.add_argument("--lora-rank", type=whole, metavar="R", help="train LoRA adapters of this rank")
+
+
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(prog="nbs", description="Scaling, Measured: will it fit, and the course's labs, site and checks.")
@@ -40,21 +53,19 @@ def parser() -> Parser:
 
     fit = commands.add_parser("fit", help="will this training fit on that card, and if not, what is the cheapest change?",
                               description="Predict the peak memory of a training step and compare it with a card. Exit code 0: it fits, 1: it does not, 2: bad input.")
-    fit.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json")
+    _step_options(fit)
     fit.add_argument("--gpu", help="the card (default: the one in this machine, else h100-sxm)")
     fit.add_argument("--gpus", type=whole, default=1, metavar="N", help="how many of them (default: 1)")
-    fit.add_argument("--batch", type=whole, default=1, help="sequences per GPU and micro-batch (default: 1)")
-    fit.add_argument("--seq", type=whole, help="tokens per sequence (default: 2048, or the model's most if that is less)")
-    fit.add_argument("--precision", default="bf16", help="fp32, bf16, amp_bf16, amp_fp16 (default: %(default)s)")
-    fit.add_argument("--optimizer", default="adamw", help="adamw, adamw_fused, sgd, sgd_momentum, adamw_8bit (default: %(default)s)")
-    fit.add_argument("--attention", default="sdpa", help="sdpa or eager (default: %(default)s)")
-    fit.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    fit.add_argument("--accumulation", type=whole, default=1, metavar="N", help="micro-batches per step (default: 1)")
     fit.add_argument("--strategy", help="single, ddp, full_shard, shard_grad_op, hybrid_shard, zero1, zero2, zero3 (default: single, with several GPUs full_shard)")
     fit.add_argument("--shard-size", type=whole, metavar="N", help="hybrid_shard: GPUs per group")
     fit.add_argument("--offload", action="store_true", help="sharded: parameters and optimizer in host memory")
-    fit.add_argument("--lora-rank", type=whole, metavar="R", help="train LoRA adapters of this rank")
     fit.add_argument("--json", action="store_true", help="the answer as JSON")
+
+    measure = commands.add_parser("measure", help="run the real step on this machine's GPU and set it beside the prediction",
+                                  description="Run six real training steps (random weights, no download) in a process of their own, and set them beside the prediction.")
+    _step_options(measure)
+    measure.add_argument("--out", type=Path, metavar="FILE", help="append the row to this file of JSON lines")
+    measure.add_argument("--json", action="store_true", help="the row as JSON")
 
     build = commands.add_parser("build", help="build the site from stored outputs")
     build.add_argument("--out", type=Path, help="where to (default: _site in the repository)")
@@ -177,6 +188,52 @@ def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
         console.print("\nNo set of up to three changes on this card makes it fit.")
     if world:
         console.print(f"\nOr more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
+
+
+def run_measure(args) -> int:
+    from .. import hardware, memory, models
+    from . import measure
+
+    model = models.arch(args.model)
+    settings = dict(batch=args.batch, seq=args.seq or min(2048, model.max_positions), precision=args.precision, optimizer=args.optimizer,
+                    checkpointing=args.checkpointing, attention=args.attention, accumulation=args.accumulation, lora_rank=args.lora_rank)
+    cards, why = hardware.detect_why()
+    card = cards[0].gpu if cards else None
+    predicted = memory.train_memory(model, **settings, **({"gpu": card} if card else {}))  # refuses bad input before anything runs
+    if args.optimizer == "adamw_8bit":
+        raise BadInput("optimizer 'adamw_8bit' is predicted but not measured yet; measured are adamw, adamw_fused, sgd, sgd_momentum")
+    if not cards:
+        raise RuntimeError(f"there is no GPU to measure on ({why}). Lab 3 counts the bytes of real tensors on a CPU: `nbs lab 3`")
+    row = measure.measure({"model": args.model, **settings})
+    if args.out:
+        with open(args.out, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+    if args.json:
+        print(json.dumps(row, indent=1))
+        return 0
+    if "oom" in row:
+        print(f"Out of memory, as a result: {row['oom']}\nPredicted: {predicted.peak_any / GIB:.2f} GiB at the peak.")
+        return 0
+    _print_measured(model, settings, predicted, row)
+    return 0
+
+
+def _print_measured(model, settings, predicted, row) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    where = row["provenance"]
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{model.name}, {settings['batch']} × {settings['seq']:,}, {settings['precision']}, on {where['device']}", title_justify="left")
+    for column in ("GiB", "predicted", "measured", "off by"):
+        table.add_column(column, justify="left" if column == "GiB" else "right")
+    pairs = [(f"{phase}, so far", predicted.phases[phase], row["phases"][phase]) for phase in ("forward", "backward", "step")]
+    for name, mine, real in [*pairs, ("all steps", predicted.peak_any, row["peak_any"]), ("replayed", predicted.replayed.peak, row["peak"]), ("reserved", predicted.reserved, row["reserved"])]:
+        table.add_row(name, f"{mine / GIB:.3f}", f"{real / GIB:.3f}", f"{mine / real - 1:+.2%}")
+    console = Console(highlight=False)
+    console.print(table)
+    tokens = settings["batch"] * settings["seq"] * settings["accumulation"]
+    console.print(f"{row['step_seconds'] * 1000:,.1f} ms a step, {tokens / row['step_seconds']:,.0f} tokens/s. The driver shows {row['driver_used'] / GIB:.2f} GiB in use. "
+                  f"torch {where['torch']}, transformers {where['transformers']}, driver {where['driver']}.")
 
 
 # --- site -----------------------------------------------------------------------------------------------------------------------
