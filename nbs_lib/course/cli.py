@@ -223,13 +223,14 @@ def _print_measured(model, settings, predicted, row) -> None:
     from rich.table import Table
 
     where = row["provenance"]
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{model.name}, {settings['batch']} × {settings['seq']:,}, {settings['precision']}, on {where['device']}", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("GiB", "predicted", "measured", "off by"):
         table.add_column(column, justify="left" if column == "GiB" else "right")
     pairs = [(f"{phase}, so far", predicted.phases[phase], row["phases"][phase]) for phase in ("forward", "backward", "step")]
     for name, mine, real in [*pairs, ("all steps", predicted.peak_any, row["peak_any"]), ("replayed", predicted.replayed.peak, row["peak"]), ("reserved", predicted.reserved, row["reserved"])]:
         table.add_row(name, f"{mine / GIB:.3f}", f"{real / GIB:.3f}", f"{mine / real - 1:+.2%}")
     console = Console(highlight=False)
+    console.print(f"[bold]{model.name}, {settings['batch']} × {settings['seq']:,} tokens, {settings['precision']}, on {where['device']}[/]")
     console.print(table)
     tokens = settings["batch"] * settings["seq"] * settings["accumulation"]
     console.print(f"{row['step_seconds'] * 1000:,.1f} ms a step, {tokens / row['step_seconds']:,.0f} tokens/s. The driver shows {row['driver_used'] / GIB:.2f} GiB in use. "

@@ -99,7 +99,7 @@ def run(a: Arch, batch: int, seq: int, precision: str, optimizer: str, checkpoin
         row.update(peak=peaks[2]["step"], phases=peaks[2], first=peaks[0]["step"], peak_any=max(p["step"] for p in peaks), reserved=cuda.max_memory_reserved(),
                    driver_used=total - free, step_seconds=statistics.median(times[3:]))
     except torch.cuda.OutOfMemoryError as e:
-        row["oom"] = str(e).splitlines()[0]
+        row["oom"] = ". ".join(str(e).split(". ")[:2]) + "."
     return row
 
 
