@@ -10,14 +10,15 @@ from functools import cache
 from typing import Any, Callable
 
 from ..course.lab import Choice, Function, Lab, Number
+from ..course.measure import build
 from ..memory import train_memory
 from ..models import Arch, arch
 
 lab = Lab("03_memory", "Lab 3: what fills a GPU")
 
 # %% auto #0
-__all__ = ['lab', 'SIZES', 'SMALL', 'Bench', 'bench', 'build', 'live_bytes', 'state_bytes', 'mlp_saved', 'extra_peak',
-           'loss_peak', 'step_peaks', 'layer_bytes', 'stored_row']
+__all__ = ['lab', 'SIZES', 'SMALL', 'Bench', 'bench', 'live_bytes', 'state_bytes', 'mlp_saved', 'extra_peak', 'loss_peak',
+           'step_peaks', 'layer_bytes', 'stored_row']
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-004
 #: What is trained on a GPU, from large to small; the first whose predicted peak takes at most 60% of the free memory is used.
@@ -59,21 +60,6 @@ def bench() -> Bench:
     return Bench("cpu", arch({**SMALL, "_name_or_path": "small-llama"}), 4, 256)
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-005
-def build(a: Arch, dtype: str, device: str, checkpointing: bool = False) -> Any:
-    """A transformers model of architecture `a` with random weights, in training mode, `dtype` "float32" or "bfloat16"."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(hidden_size=a.hidden, num_hidden_layers=a.layers, num_attention_heads=a.heads, num_key_value_heads=a.kv_heads,
-                         head_dim=a.head_dim, intermediate_size=a.ffn, vocab_size=a.vocab, max_position_embeddings=a.max_positions,
-                         tie_word_embeddings=a.tied, use_cache=False)
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 def live_bytes():
     """A meter of the tensors that are alive on any device: a context with `live` and `peak`, in bytes.
 
@@ -191,7 +177,7 @@ def step_peaks(b: Bench, checkpointing: bool = False, batch: int | None = None, 
     """
     import torch
 
-    model = build(b.model, "bfloat16", b.device, checkpointing)
+    model = build(b.model, "bfloat16", b.device, checkpointing=checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
     x = torch.randint(0, b.model.vocab, (batch or b.batch, seq or b.seq), device=b.device)
     cuda, peaks = b.device == "cuda", {}
