@@ -25,15 +25,21 @@ def segment_size(size: int) -> int:
     return 20*MiB if size < 10*MiB else -(-size//(2*MiB))*2*MiB
 
 # %% auto #0
-__all__ = ['MiB', 'Block', 'segment_size', 'Allocator', 'AllocatingTape', 'Replayed', 'replay']
+__all__ = ['MiB', 'Block', 'segment_size', 'Full', 'Allocator', 'AllocatingTape', 'Replayed', 'replay', 'Device', 'Stream',
+           'Sharding', 'ShardedTape', 'replay_sharded']
 
 # %% ../nbs/03c_allocator.ipynb #allocator-004
+class Full(Exception):
+    """The driver has no more memory to give."""
+
+
 class Allocator:
     """The caching allocator of one stream. allocated, reserved: bytes now; peak: the largest `allocated`
-    since the last reset.
+    since the last reset. capacity: bytes that the driver gives at most; None: no end of it.
     """
 
-    def __init__(self):
+    def __init__(self, capacity: int | None = None):
+        self.capacity, self.retries = capacity, 0
         # free: (size, address), sorted
         self.pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         self.blocks: dict[int, Block] = {}
@@ -53,20 +59,51 @@ class Allocator:
             b.size, self.blocks[cut.address] = size, cut
             insort(pool, (rest, cut.address))
         b.free = False
-        self.allocated += b.size
-        self.peak = max(self.peak, self.allocated)
+        self.count(b.size)
         return b
 
+    def count(self, n: int) -> None:
+        """n bytes more are allocated, or fewer."""
+        self.allocated += n
+        self.peak = max(self.peak, self.allocated)
+
     def segment(self, size: int, small: bool) -> Block:
-        """A segment from the driver; a gap before the next keeps them apart."""
+        """A segment from the driver; a gap before the next keeps them apart. If it has none left, unused segments
+        go back to it first. Raises Full if that is not enough.
+        """
+        if self.capacity is not None and self.taken + size > self.capacity:
+            self.retries += 1
+            self.give_back()
+            if self.taken + size > self.capacity: raise Full
         b = self.blocks[self.end] = Block(self.end, size, small)
         self.end += size + 2*MiB
         self.reserved += size
         return b
 
+    @property
+    def taken(self) -> int:
+        """Bytes that the process has from the driver."""
+        return self.reserved
+
+    def give_back(self) -> None:
+        """All that is unused, before a second try."""
+        self.return_unused()
+
+    def return_unused(self) -> None:
+        """Give segments that are free from end to end back to the driver, as before a second try
+        (release_cached_blocks).
+        """
+        for pool in self.pools.values():
+            for size, address in pool[:]:
+                b = self.blocks[address]
+                if b.before is None and b.after is None:
+                    pool.remove((size, address))
+                    del self.blocks[address]
+                    self.reserved -= size
+
     def release(self, b: Block) -> None:
         """Give a block back; it joins its free neighbours."""
-        self.allocated -= b.size
+        self.count(-b.size)
         b.free, pool = True, self.pools[b.small]
         if b.before and b.before.free: b = self.join(b.before, b, pool)
         if b.after and b.after.free: self.join(b, b.after, pool, first_is_new=True)
@@ -103,7 +140,7 @@ class AllocatingTape(Tape):
     def release(self, storage: Storage) -> None:
         if storage.block is not None: self.allocator.release(storage.block)
 
-    def product(self, biased: bool) -> None:
+    def product(self, biased: bool, *shape) -> None:
         for key, size in (((self.phase, "cublas"), self.workspace),
                           ((self.phase, "lt"), MiB if biased else 0)):
             if size and key not in self.workspaces: self.workspaces[key] = self.allocator.allocate(size)
@@ -112,10 +149,13 @@ class AllocatingTape(Tape):
 @dataclass(frozen=True)
 class Replayed:
     """What the allocator counts, in bytes. steps: the running maximum after each phase, step by step;
-    reserved after each step.
+    reserved after each step. full: where the memory ended, as (step, phase), or None. retries: how often unused
+    segments had to go back to the driver.
     """
     steps: tuple[dict[str, int], ...]
     reserved: tuple[int, ...]
+    full: tuple[int, str] | None = None
+    retries: int = 0
 
     @property
     def peak(self) -> int:
@@ -130,36 +170,241 @@ class Replayed:
 
 def replay(model: dict, parameters: list[int], trained: list[int], other: list[int], kept: int,
            temporary: int,
-           fused: bool, T: int, s: int, workspace: int, accumulation: int = 1, steps: int = 4) -> Replayed:
-    """Run `steps` training steps on an allocator of one GPU.
+           fused: bool, T: int, s: int, workspace: int, accumulation: int = 1, steps: int = 4,
+           capacity: int | None = None) -> Replayed:
+    """Run `steps` training steps on an allocator of one GPU, which may have a capacity, in bytes.
 
     model: arguments of nbs_lib.blocks.Model. parameters, trained, other: bytes of each weight, of each that
     is trained, and of what else is there before the first step. kept, temporary: how many copies of each
     trained weight the optimizer keeps, and makes for a moment. fused: it also keeps a counter on the GPU for
     each.
     """
-    a, workspaces, stay, phases, reserved = Allocator(), {}, [], [], []
-    stay += [a.allocate(n) for n in parameters + other]
-    loss_before = None
+    a, phases, reserved, at = Allocator(capacity), [], [], (0, "build")
+    walk = _walk(a, model, parameters, trained, other, kept, temporary, fused, T, s, workspace, accumulation, steps)
+    try:
+        for number, phase, running in walk:
+            at = number, phase
+            if running is not None:
+                phases.append(running)
+                reserved.append(a.reserved)
+    except Full: return Replayed(tuple(phases), tuple(reserved), at, a.retries)
+    return Replayed(tuple(phases), tuple(reserved), None, a.retries)
+
+
+def _walk(a: Allocator, model: dict, parameters, trained, other, kept, temporary, fused, T, s, workspace,
+          accumulation, steps):
+    """The steps, one phase after the other: yields (step, the phase that begins, None), and at a step's end its
+    running maxima.
+    """
+    workspaces, loss_before = {}, None
+    stay = [a.allocate(n) for n in parameters + other]
     for number in range(steps):
         a.peak, models, running = a.allocated, [], {}
         for micro in range(accumulation):
+            yield number, "forward", None
             m = Model(**model, blocks=model["a"].layers,
                       tape=AllocatingTape(a, workspaces, workspace, T, s, accumulating=micro > 0))
             loss = m.loss()
             m.t.leave_autocast()
             running["forward"] = a.peak
+            yield number, "backward", None
             if loss_before: a.release(loss_before)
             loss_before = a.allocate(512)
             m.t.run_backward(loss)
             running["backward"] = a.peak
             models.append(m)
             del loss
+        yield number, "step", None
         if not number: stay += [a.allocate(n) for w in trained for n in [4]*fused + [w]*kept]
         for b in [a.allocate(w) for w in trained for _ in range(temporary)]: a.release(b)
         running["step"] = a.peak
         models.clear()
         del m
-        phases.append(running)
-        reserved.append(a.reserved)
-    return Replayed(tuple(phases), tuple(reserved))
+        yield number, "step", running
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-1
+class Device:
+    """What the streams of a device have together, in bytes."""
+
+    def __init__(self):
+        self.allocated = self.peak = 0
+        self.streams: list[Stream] = []
+
+
+class Stream(Allocator):
+    """The pool of one stream. Its capacity is the device's."""
+
+    def __init__(self, device: Device, capacity: int | None = None):
+        super().__init__(capacity)
+        self.device = device
+        device.streams.append(self)
+
+    @property
+    def taken(self) -> int: return sum(s.reserved for s in self.device.streams)
+
+    def give_back(self) -> None:
+        for s in self.device.streams: s.return_unused()
+
+    def count(self, n: int) -> None:
+        super().count(n)
+        self.device.allocated += n
+        self.device.peak = max(self.device.peak, self.device.allocated)
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-2
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is sharded. block, root: numbers in each parameter of a block, and of what is in none. weight, products:
+    bytes of a number in a shard, and in what is gathered. reshard: whether forward gives parameters back.
+    """
+    block: tuple[int, ...]
+    root: tuple[int, ...]
+    weight: int
+    products: int
+    ranks: int
+    layers: int
+    reshard: bool
+    offload: bool
+
+    def shards(self, key: int | str) -> list[int]:
+        """Numbers in this rank's shard of each parameter of a block, or of the root ("root")."""
+        return [-(-n//self.ranks) for n in (self.root if key == "root" else self.block)]
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-3
+class ShardedTape(AllocatingTape):
+    """A tape with FSDP2's hooks: gathers, gives back and scatters as the step comes by. groups: the parameters of each block,
+    and of the root, whose gradients go when they have been scattered.
+    """
+
+    def __init__(self, main: Stream, gathering: Stream, scattering: Stream, how: Sharding, *args):
+        super().__init__(main, *args)
+        self.gathering, self.scattering, self.how = gathering, scattering, how
+        self.whole, self.buffers, self.laid_out, self.kept = {}, {}, None, None
+        self.groups: dict[int | str, list] = {}
+        self.shards: list[Block] = []
+
+    def gather(self, key: int | str) -> None:
+        """Start to gather: a buffer for all ranks' parts, and a cast copy of the own one."""
+        numbers, h = sum(self.how.shards(key)), self.how
+        cast = self.gathering.allocate(numbers*h.products) if h.products != h.weight else None
+        self.buffers[key] = self.gathering.allocate(numbers*h.ranks*h.products)
+        if cast: self.gathering.release(cast)
+
+    def copy_out(self, key: int | str, keep: bool) -> None:
+        """Make the parameters from the buffer. keep: the buffer lives until the next one is copied out."""
+        if keep: self.forget()
+        self.whole[key] = [self.allocator.allocate(n*self.how.ranks*self.how.products) for n in self.how.shards(key)]
+        if keep: self.kept = key
+        else: self.gathering.release(self.buffers.pop(key))
+
+    def forget(self) -> None:
+        """The kept buffer goes."""
+        if self.kept is not None: self.gathering.release(self.buffers.pop(self.kept))
+        self.kept = None
+
+    def reshard(self, key: int | str) -> None:
+        """Give gathered parameters back."""
+        for b in self.whole.pop(key, ()): self.allocator.release(b)
+
+    def scatter(self, key: int | str) -> None:
+        """Scatter gradients: the buffer of the group before goes, this one's is laid out, the shard stays."""
+        self.reshard(key)
+        if self.laid_out: self.allocator.release(self.laid_out)
+        numbers = sum(self.how.shards(key))
+        self.laid_out = self.allocator.allocate(numbers*self.how.ranks*self.how.weight)
+        for p in self.groups[key]: p.node.saved = ()
+        shard = self.scattering.allocate(numbers*self.how.weight)
+        if self.how.offload: self.scattering.release(shard)
+        else: self.shards.append(shard)
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-4
+def _mark(self: ShardedTape, name: str) -> None:
+    """Where a block, the head or the end begins, FSDP2's hooks run."""
+    AllocatingTape.mark(self, name)
+    last = self.how.layers - 1
+    number = int(name[1:]) if name[1:].isdigit() else None
+    if name[0] == "f" and number is not None:
+        if number and self.how.reshard: self.reshard(number - 1)
+        self.gather(number)
+        self.copy_out(number, keep=True)
+    elif name == "fH" and self.how.reshard: self.reshard(last)
+    elif name[0] == "b" and number is not None:
+        if number < last: self.scatter(number + 1)
+        if self.how.reshard:
+            self.copy_out(number, keep=False)
+            if number: self.gather(number - 1)
+    elif name == "bE": self.scatter(0)
+    elif name == "end":
+        self.scatter("root")
+        self.allocator.release(self.laid_out)
+
+
+def _run_backward(self: ShardedTape, loss) -> None:
+    """Between forward and backward the root's parameters are given back, and gathered again; then the last block's."""
+    self.forget()
+    if self.how.reshard:
+        self.reshard("root")
+        self.gather("root")
+        self.copy_out("root", keep=False)
+        self.gather(self.how.layers - 1)
+    AllocatingTape.run_backward(self, loss)
+
+
+ShardedTape.mark, ShardedTape.run_backward = _mark, _run_backward
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-5
+def replay_sharded(model: dict, how: Sharding, other: list[int], kept: int, temporary: int, fused: bool, T: int, s: int,
+                   workspace: int, steps: int = 4, capacity: int | None = None) -> Replayed:
+    """The same as replay, for a step that FSDP2 shards; one micro-batch. Arguments as there.
+
+    `reserved` is that of all streams together.
+    """
+    device, phases, reserved, at = Device(), [], [], (0, "build")
+    try:
+        for number, phase, running in _walk_sharded(device, capacity, model, how, other, kept, temporary, fused, T, s, workspace, steps):
+            at = number, phase
+            if running is not None:
+                phases.append(running)
+                reserved.append(sum(x.reserved for x in device.streams))
+    except Full: return Replayed(tuple(phases), tuple(reserved), at, sum(x.retries for x in device.streams))
+    return Replayed(tuple(phases), tuple(reserved), None, sum(x.retries for x in device.streams))
+
+# %% ../nbs/03c_allocator.ipynb #allocator-streams-6
+def _walk_sharded(device, capacity, model, how, other, kept, temporary, fused, T, s, workspace, steps):
+    """As _walk."""
+    main, gathering, scattering = (Stream(device, capacity) for _ in range(3))
+    mine = [n*how.weight for key in ["root"] + list(range(how.layers)) for n in how.shards(key)]
+    stay = [main.allocate(n) for n in ([] if how.offload else mine) + other]
+    workspaces, loss_before = {}, None
+    for number in range(steps):
+        device.peak, running = device.allocated, {}
+        yield number, "forward", None
+        t = ShardedTape(main, gathering, scattering, how, workspaces, workspace, T, s, False)
+        t.gather("root")
+        t.copy_out("root", keep=True)
+        m = Model(**model, blocks=how.layers, tape=t)
+        loss = m.loss()
+        m.t.leave_autocast()
+        t.groups = dict(enumerate(_parameters(b) for b in m.blocks))
+        inside = {id(p) for group in t.groups.values() for p in group}
+        t.groups["root"] = [p for p in m.made if id(p) not in inside]
+        running["forward"] = device.peak
+        yield number, "backward", None
+        if loss_before: main.release(loss_before)
+        loss_before = main.allocate(512)
+        t.run_backward(loss)
+        running["backward"] = device.peak
+        yield number, "step", None
+        if not how.offload:
+            if not number: stay += [main.allocate(n) for w in mine for n in [4]*fused + [w]*kept]
+            for b in [main.allocate(w) for w in mine for _ in range(temporary)]: main.release(b)
+        running["step"] = device.peak
+        for key in list(t.whole): t.reshard(key)
+        for b in t.shards: scattering.release(b)
+        del m, t, loss
+        yield number, "step", running
+
+
+def _parameters(block: dict) -> list:
+    """All parameters among the weights of a block."""
+    found = [x for v in block.values() for x in (v if isinstance(v, tuple) else (v,))]
+    return [p for x in found for p in ((x.weight, x.bias) if hasattr(x, "conv1d") else (x,)) if p]

@@ -19,7 +19,7 @@ __all__ = ['Inputs', 'FAMILIES', 'Moment', 'Model', 'Linear', 'adapter', 'norm_w
            'llama_mlp', 'experts', 'expert_product', 'gpt2_block', 'gpt2_attention', 'gpt2_mlp', 'bert_block',
            'bert_attention', 'bert_output', 'embedding', 'add_positions', 'causal_mask', 'llama_inputs', 'gpt2_inputs',
            'bert_inputs', 'base_model', 'causal_loss', 'masked_loss', 'masked_head', 'nll', 'Family',
-           'forward_backward', 'highest', 'Step', 'largest', 'by_category', 'step']
+           'forward_backward', 'highest', 'undominated', 'Step', 'largest', 'by_category', 'step']
 
 # %% ../nbs/03b_blocks.ipynb #blocks-022
 class Model:
@@ -110,12 +110,11 @@ def bert_weights(m: Model) -> dict:
 # %% ../nbs/03b_blocks.ipynb #blocks-008
 def linear(m: Model, x: Ghost, p: Linear) -> Ghost:
     """A linear layer, and with LoRA its adapters (peft's LoraLayer.forward, dropout 0)."""
-    t, numel = m.t, tuple(n//p.i*p.o for n in x.numel)
-    y = F.linear(t, x, p.weight, numel, p.bias, low=t.autocast, conv1d=p.conv1d)
+    t, r = m.t, m.lora_rank
+    y = F.linear(t, x, p.weight, p.i, p.o, p.bias, low=t.autocast, conv1d=p.conv1d)
     if not p.adapters: return y
     x = F.to(t, x, 4)
-    thin = tuple(n//p.i*m.lora_rank for n in x.numel)
-    y = F.add(t, y, F.scaled(t, F.linear(t, F.linear(t, x, p.adapters[0], thin), p.adapters[1], numel)))
+    y = F.add(t, y, F.scaled(t, F.linear(t, F.linear(t, x, p.adapters[0], p.i, r), p.adapters[1], r, p.o)))
     return F.to(t, y, m.w)
 
 
@@ -123,10 +122,17 @@ def rms_norm(t: Tape, x: Ghost, w: Parameter, rows: Poly) -> Ghost:
     """LlamaRMSNorm.forward over `rows` rows."""
     dtype, numel = x.e, x.numel
     x = F.to(t, x, 4)
+
+    def spread(g):
+        t.kernel("spread", 4, numel)
+        return [t.new(numel, 4)]
+    squares = F.pointwise(t, "Pow", x, "x", extra=2)
     variance = t.new(rows, 4)
-    variance.node = record(t, "Mean", lambda g: [t.new(numel, 4)], (F.pointwise(t, "Pow", x, "x", extra=2),))
+    t.kernel("mean", 4, numel)
+    variance.node = record(t, "Mean", spread, (squares,))
+    del squares
     shifted = F.plus_scalar(t, variance)
-    inverse = F.pointwise(t, "Rsqrt", shifted, "y")
+    inverse = F.pointwise(t, "Rsqrt", shifted, "y", extra=2)
     del shifted
     x = F.mul(t, x, inverse, small=rows)
     del inverse
@@ -141,16 +147,23 @@ def rotate(t: Tape, x: Ghost) -> Ghost:
         negated = t.new(half, e)
         first = t.new(numel, e)
         del negated
+        t.kernel("transpose", e, numel)
+        for _ in "12":                                   # each half into zeros of full size; then their sum
+            t.kernel("fill", e, numel)
+            t.kernel("transpose", e, numel)
+        t.kernel("binary", e, *[numel]*3)
         return [t.new(numel, e)]
     negated = t.new(half, e)
     y = t.new(numel, e)
+    t.kernel("transpose", e, numel)
+    t.kernel("cat", e, numel, numel)
     y.node = record(t, "Rotate", rule, (x,))
     return y
 
 
 def rope(t: Tape, x: Ghost, cos: Ghost, sin: Ghost) -> Ghost:
     """apply_rotary_pos_emb, for q or for k."""
-    y = F.add(t, F.mul(t, x, cos), F.mul(t, rotate(t, x), sin))
+    y = F.add(t, F.mul(t, x, cos, repeats=True), F.mul(t, rotate(t, x), sin, repeats=True), "rope")
     y.permuted = True
     return y
 
@@ -184,12 +197,15 @@ def attend(m: Model, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) -> Ghost:
 def fused_attention(m: Model, q: Ghost, k: Ghost, v: Ghost, grouped: bool, cudnn: bool) -> Ghost:
     """cuDNN's kernel or the memory-efficient one."""
     t, e, n = m.t, m.c, per_token(m.a.heads)
+    kind = "full" if m.a.family == "bert" or m.windowed else "causal"
     if t.autocast: q, k, v = F.to(t, q, e), F.to(t, k, e), F.to(t, v, e)
     mask = t.new(per_score(1), e) if m.windowed else None
     out, sums, seeds = t.new(q.numel, e), t.new(n, 4), t.new(fixed(2), 8) if cudnn else None
     wide, narrow = q.numel, k.numel
+    t.kernel("attention " + kind, e, per_score(m.a.heads))
 
     def rule(g):
+        t.kernel(f"attention {kind} backward", e, per_score(m.a.heads))
         grads = [t.new(wide, e), t.new(narrow, e), t.new(narrow, e)]
         # its workspace: dq in fp32, one number a row, and with groups dk and dv of every query head
         if cudnn:
@@ -210,11 +226,13 @@ def math_attention(m: Model, q: Ghost, k: Ghost, v: Ghost) -> Ghost:
     mask = t.new(per_pair(1), 4)
     k, v = F.copy(t, k, wide), F.copy(t, v, wide)
     transposed = F.copy(t, F.scaled(t, k))
-    weights = F.bmm(t, q, transposed, scores)
+    rows, d, s = per_token(m.a.heads), fixed(m.a.head_dim), per_position(1)
+    weights = F.bmm(t, q, transposed, scores, "scores", rows, s, d)
+    t.kernel("binary", 4, scores, scores)                              # the mask, added in place
     soft = F.softmax(t, weights, 4)
     t.new(scores, 1)                               # which rows are masked as a whole
     del weights
-    out = F.bmm(t, soft, v, wide)
+    out = F.bmm(t, soft, v, wide, "values", rows, s, d)
     del k, mask, q, transposed
     return F.copy(t, out)
 
@@ -225,15 +243,18 @@ def eager_attention(m: Model, q: Ghost, k: Ghost, v: Ghost, mask: Ghost | None) 
     """
     a, t, wide, dtype, vtype = m.a, m.t, q.numel, q.e, v.e
     grouped = a.kv_heads != a.heads
+    rows, d, s = per_token(a.heads), fixed(a.head_dim), per_position(1)
     if grouped: k, v = F.copy(t, k, wide), F.copy(t, v, wide)
-    weights = F.bmm(t, dense(m, q), k if grouped else dense(m, k), per_score(a.heads))
+    weights = F.bmm(t, dense(m, q), k if grouped else dense(m, k), per_score(a.heads),
+                    "scores", rows, s, d)
     weights = F.scaled(t, weights)
     if mask is not None: weights = F.add(t, weights, mask)
     if a.family == "llama": weights = F.to(t, F.softmax(t, weights, 4), dtype)
     else: weights = F.softmax(t, weights, 4 if t.autocast else weights.e)
     if a.family == "gpt2": weights = F.to(t, weights, vtype)
     weights = F.dropout(t, weights, a.attention_dropout)
-    return F.copy(t, F.bmm(t, weights, v if grouped else F.copy(t, v), wide))
+    out = F.bmm(t, weights, v if grouped else F.copy(t, v), wide, "values", rows, s, d)
+    return F.copy(t, out, back=True)
 
 
 def dense(m: Model, x: Ghost) -> Ghost:
@@ -256,12 +277,12 @@ def llama_block(m: Model, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost
 
 def llama_attention(m: Model, x: Ghost, p: dict, cos: Ghost, sin: Ghost, mask: Ghost | None) -> Ghost:
     """LlamaAttention.forward, with the norms of Qwen3's."""
-    a, t = m.a, m.t
-    q = F.view(t, linear(m, x, p["q"]))
+    a, t, eager = m.a, m.t, m.attention == "eager"
+    q = F.view(t, linear(m, x, p["q"]), eager)
     if a.qk_norm: q = rms_norm(t, q, p["q_norm"], per_token(a.heads))
-    k = F.view(t, linear(m, x, p["k"]))
+    k = F.view(t, linear(m, x, p["k"]), eager)
     if a.qk_norm: k = rms_norm(t, k, p["k_norm"], per_token(a.kv_heads))
-    v = F.view(t, linear(m, x, p["v"]))
+    v = F.view(t, linear(m, x, p["v"]), eager)
     q, k = rope(t, q, cos, sin), rope(t, k, cos, sin)
     # generating: keys and values are copied into the cache
     if m.cache is not None:
@@ -282,32 +303,53 @@ def experts(m: Model, x: Ghost, p: dict) -> Ghost:
     t, e, numel = m.t, x.e, x.numel
     K, h, f = m.a.experts_per_token, m.a.hidden, m.a.ffn
     E, wide, rows = per_token(m.a.experts), per_token(K*f), per_token(K*h)
-    probs = F.softmax(t, F.linear(t, x, p["router"], E, low=t.autocast), 4)
+    probs = F.softmax(t, F.linear(t, x, p["router"], h, m.a.experts, low=t.autocast), 4)
     top = t.new(per_token(K), 4)
     top.node = record(t, "TopK", lambda g: [t.new(E, 4)], (probs,), (top,))
     # indices, sums, masks
     order = [t.new(per_token(n), size) for n, size in ((4*K, 8), (K, 4), (1, 4), (K, 1))]
-    chosen = t.new(rows, e)
-    chosen.node = record(t, "Index", lambda g: [t.new(numel, e)], (x,), order)
+
+    def gathered(g):
+        t.kernel("embedding", e, rows, numel)
+        return [t.new(numel, e)]
+
+    def joined(g):
+        t.kernel("cat", e, both_numel, both_numel)
+        return [t.new(both_numel, e)]
+
+    def returned(g):
+        t.kernel("embedding", 4, rows, rows)
+        return [t.new(rows, 4)]
+    chosen, both_numel = t.new(rows, e), per_token(2*K*f)
+    t.kernel("embedding", e, rows, rows)
+    chosen.node = record(t, "Index", gathered, (x,), order)
     del order, probs
-    both = expert_product(t, chosen, p["gate_up"], per_token(2*K*f))
-    split = record(t, "Split", lambda g: [t.new(per_token(2*K*f), e)], (both,), outputs=2)
+    both = expert_product(t, chosen, p["gate_up"], h, 2*f)
+    split = record(t, "Split", joined, (both,), outputs=2)
     gate, up = both.alias(split, 0, wide), both.alias(split, 1, wide)
-    out = expert_product(t, F.mul(t, F.pointwise(t, "Silu", gate, "x"), up), p["down"], rows)
+    out = expert_product(t, F.mul(t, F.pointwise(t, "Silu", gate, "x"), up), p["down"], f, h)
     out = F.mul(t, out, Ghost(rows, 4, top.storage, top.node), small=per_token(K))
     back = t.new(rows, 4)
-    back.node = record(t, "Index", lambda g: [t.new(rows, 4)], (out,))
+    t.kernel("embedding", 4, rows, rows)
+    back.node = record(t, "Index", returned, (out,))
     total = t.new(m.h, 4)
+    t.kernel("sum rows", 4, rows)
     total.node = record(t, "Sum", lambda g: [g[0].alias()], (back,))
     return F.to(t, total, e)
 
 
-def expert_product(t: Tape, x: Ghost, w: Parameter, out: Poly) -> Ghost:
+def expert_product(t: Tape, x: Ghost, w: Parameter, i: int, o: int) -> Ghost:
     """A product of each row with its expert's matrix, and the zeroing of rows that belong to none."""
     e = x.e
-    y = F.linear(t, x, w, out)
+    y = F.linear(t, x, w, i, o)
+    out = y.numel
+
+    def rule(g):
+        t.kernel("unary", e, out, out)
+        return [t.new(out, e)]
     z = t.new(out, e)
-    z.node = record(t, "MaskedFill", lambda g: [t.new(out, e)], (y,))
+    t.kernel("unary", e, out, out)
+    z.node = record(t, "MaskedFill", rule, (y,))
     return z
 
 # %% ../nbs/03b_blocks.ipynb #blocks-017
@@ -329,8 +371,13 @@ def gpt2_attention(m: Model, x: Ghost, p: dict, mask: Ghost | None) -> Ghost:
     t, h = m.t, m.h
     qkv = linear(m, x, p["qkv"])
     e, three = qkv.e, per_token(3*m.a.hidden)
-    split = record(t, "Split", lambda g: [t.new(three, e)], (qkv,), outputs=3)
+
+    def rule(g):
+        t.kernel("cat", e, three, three)
+        return [t.new(three, e)]
+    split = record(t, "Split", rule, (qkv,), outputs=3)
     q, k, v = (qkv.alias(split, i, h) for i in range(3))
+    if m.attention == "eager": q, v = F.view(t, q, True), F.view(t, v, True)
     if m.cache is not None:
         k, v = F.copy(t, k), F.copy(t, v)
         m.cache += [k, v]
@@ -359,10 +406,10 @@ def bert_block(m: Model, x: Ghost, p: dict) -> Ghost:
 
 def bert_attention(m: Model, x: Ghost, p: dict) -> Ghost:
     """BertAttention.forward."""
-    t = m.t
-    q = F.view(t, linear(m, x, p["q"]))
-    k = F.view(t, linear(m, x, p["k"]))
-    v = F.view(t, linear(m, x, p["v"]))
+    t, eager = m.t, m.attention == "eager"
+    q = F.view(t, linear(m, x, p["q"]), eager)
+    k = F.view(t, linear(m, x, p["k"]), eager)
+    v = F.view(t, linear(m, x, p["v"]), eager)
     return bert_output(m, attend(m, q, k, v, None), x, p["out"], p["norm1"])
 
 
@@ -378,8 +425,13 @@ def embedding(m: Model, rows: int, numel: Poly, ids: Ghost | None = None) -> tup
     """Rows of a table looked up; returns the result and the table."""
     t, p = m.t, m.parameter(rows*m.a.hidden)
     n, e = fixed(p.numel), p.e
+
+    def rule(g):
+        t.kernel("embedding backward", e, numel, numel, n)
+        return [t.new(n, e, GRADIENTS)]
     out = t.new(numel, e)
-    out.node = record(t, "Embedding", lambda g: [t.new(n, e, GRADIENTS)], (p,), (ids,))
+    t.kernel("embedding", e, numel, numel)
+    out.node = record(t, "Embedding", rule, (p,), (ids,))
     return out, p
 
 
@@ -387,8 +439,13 @@ def add_positions(m: Model, x: Ghost, ids: Ghost) -> tuple[Ghost, Ghost]:
     """x plus learned positions, the same for each sequence of the batch; returns the positions, too."""
     t, e, numel = m.t, m.w, per_position(m.a.hidden)
     positions, _ = embedding(m, m.a.max_positions, numel, ids)
+
+    def rule(g):
+        t.kernel("sum rows", e, m.h)
+        return [g[0], t.new(numel, e)]
     y = t.new(m.h, e)
-    y.node = record(t, "Add", lambda g: [g[0], t.new(numel, e)], (x, positions))
+    t.kernel("binary", e, m.h, m.h, numel)
+    y.node = record(t, "Add", rule, (x, positions))
     return y, positions
 
 
@@ -452,7 +509,7 @@ def causal_loss(m: Model) -> Ghost:
     a, t = m.a, m.t
     hidden, table = m.base()
     w = table if a.tied else m.parameter(a.vocab*a.hidden)
-    logits = F.linear(t, hidden, w, per_token(a.vocab), kind=LOGITS, low=t.autocast)
+    logits = F.linear(t, hidden, w, a.hidden, a.vocab, kind=LOGITS, low=t.autocast)
     raised = F.to(t, logits, 4)
     padded, labels = t.new(m.row, 8), t.new(m.row, 8)
     return nll(t, F.log_softmax(t, raised), labels)
@@ -473,14 +530,18 @@ def masked_head(m: Model, x: Ghost, w: Parameter) -> Ghost:
     x = linear(m, x, Linear(m, a.hidden, a.hidden, True))
     x = activation(m, x)
     x = F.layer_norm(t, x, *norm_weights(m), m.row)
-    return F.linear(t, x, w, per_token(a.vocab), m.parameter(a.vocab), LOGITS, low=t.autocast)
+    return F.linear(t, x, w, a.hidden, a.vocab, m.parameter(a.vocab), LOGITS, low=t.autocast)
 
 
 def nll(t: Tape, x: Ghost, labels: Ghost | None = None) -> Ghost:
     """The mean of minus the log-probabilities of the labels."""
     numel, e = x.numel, x.e
+
+    def rule(g):
+        t.kernel("fill", e, numel)
+        return [t.new(numel, e, LOGITS)]
     out = t.new(fixed(1), 4)
-    out.node = record(t, "NllLoss", lambda g: [t.new(numel, e, LOGITS)], (x,), (x, labels))
+    out.node = record(t, "NllLoss", rule, (x,), (x, labels))
     return out
 
 # %% ../nbs/03b_blocks.ipynb #blocks-039
@@ -511,18 +572,26 @@ Moment = tuple[Poly, tuple[int, ...]]        # the total, and the same by catego
 
 
 def _minus(u: Poly, v: Poly, times: int = 1) -> Poly:
-    return tuple(x - times*y for x, y in zip(u, v))
+    return tuple([x - times*y for x, y in zip(u, v)])
 
 
 def _totalled(v: tuple[int, ...]) -> Moment:
-    return tuple(sum(v[i::5]) for i in range(5)), v
+    return tuple([sum(v[i::5]) for i in range(5)]), v
 
 
 def highest(moments: list[tuple[int, ...]]) -> list[Moment]:
     """The moments that are not below another one for every T and s."""
+    return undominated([_totalled(v) for v in set(moments)])
+
+
+def undominated(moments: list[Moment]) -> list[Moment]:
+    """The same for moments whose totals are known. Sorted by their first coefficient, none is below a later one."""
     best: list[Moment] = []
-    for total, v in sorted(set(map(_totalled, moments)), reverse=True):
-        if not any(all(x <= y for x, y in zip(total, u)) for u, _ in best): best.append((total, v))
+    for moment in sorted(moments, reverse=True):
+        _, b, c, d, e = moment[0]
+        for (_, B, C, D, E), _ in best:
+            if b <= B and c <= C and d <= D and e <= E: break
+        else: best.append(moment)
     return best
 
 # %% ../nbs/03b_blocks.ipynb #blocks-025
@@ -559,8 +628,7 @@ class Step:
 
     def phase(self, letter: str) -> list[Moment]:
         """The candidates of all places of a phase."""
-        return highest([v for place, lists in self.places.items() if place[0] == letter for _,
-                        ms in lists for _, v in ms])
+        return undominated([m for place, lists in self.places.items() if place[0] == letter for _, ms in lists for m in ms])
 
 # %% ../nbs/03b_blocks.ipynb #blocks-026
 def largest(moments: list[Moment], T: int, s: int) -> tuple[int, tuple[int, ...]]:
@@ -576,7 +644,9 @@ def largest(moments: list[Moment], T: int, s: int) -> tuple[int, tuple[int, ...]
 
 def by_category(v: tuple[int, ...], T: int, s: int) -> dict[str, int]:
     """A moment's bytes, category by category."""
-    return {name: value(v[5*i:5*i + 5], T, s) for i, name in enumerate(CATEGORIES)}
+    S, Q = T*s, s*s
+    return {name: v[i]*T + v[i + 1]*S + v[i + 2]*Q + v[i + 3]*s + v[i + 4]
+            for name, i in zip(CATEGORIES, range(0, 5*len(CATEGORIES), 5))}
 
 
 @lru_cache(maxsize=4096)

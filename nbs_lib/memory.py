@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from .allocator import Replayed, replay
+from .allocator import Allocator, Replayed, Sharding, replay, replay_sharded
 from .blocks import Model, Moment, Step, by_category, highest, largest, step
 from .hardware import GPU
 from .hardware import gpus as all_cards
@@ -18,13 +18,14 @@ from .tape import Ghost, value
 MiB, GiB = 2**20, 2**30
 
 # %% auto #0
-__all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'STRATEGIES', 'ATTENTION', 'WHY', 'WEIGHT_BITS', 'CACHE_BITS',
-           'WHY_INFERENCE', 'CONTEXT', 'tensors', 'rounded', 'parameter_bytes', 'block_slack', 'buffer_bytes',
-           'adapter_tensors', 'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole', 'one_of', 'flag',
-           'check_parallel', 'check_lora', 'settings', 'check_length', 'check_head', 'Memory', 'resident',
-           'gradient_bytes', 'windowed', 'passes', 'moment', 'replicated', 'gathered', 'sharded', 'train_memory',
-           'replayed', 'first_order_reserve', 'course_of', 'measurements', 'predict_row', 'estimator_table',
-           'base_buffers', 'InferenceMemory', 'weight_bytes', 'prefill', 'split', 'inference_memory', 'capacity']
+__all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'REPLAYED', 'STRATEGIES', 'ATTENTION', 'WHY', 'CONTEXT',
+           'WEIGHT_BITS', 'CACHE_BITS', 'WHY_INFERENCE', 'tensors', 'rounded', 'parameter_bytes', 'block_slack',
+           'buffer_bytes', 'adapter_tensors', 'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole',
+           'one_of', 'flag', 'check_parallel', 'check_lora', 'settings', 'check_length', 'check_head', 'capacity',
+           'Memory', 'resident', 'gradient_bytes', 'windowed', 'passes', 'moment', 'replicated', 'gathered',
+           'reducing_root', 'sharded', 'train_memory', 'replayed', 'replayed_streams', 'first_order_reserve',
+           'course_of', 'measurements', 'predict_row', 'estimator_table', 'base_buffers', 'InferenceMemory',
+           'weight_bytes', 'prefill', 'split', 'inference_memory']
 
 # %% ../nbs/03_memory.ipynb #memory-007
 PRECISIONS = {  # bytes of a weight, and of what enters matrix products
@@ -34,6 +35,7 @@ STATES = {
     "adamw": (2, 1), "adamw_fused": (2, 0), "sgd": (0, 0), "sgd_momentum": (1, 0), "adamw_8bit": (None, 0)}
 SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")             # FSDP2
 ZERO = ("zero1", "zero2", "zero3")                                    # the course's own
+REPLAYED = ("single", "ddp", *SHARDED)                                # on the allocator
 STRATEGIES = ("single", "ddp", *SHARDED, *ZERO)
 ATTENTION = ("sdpa", "eager")
 
@@ -62,19 +64,18 @@ def parameter_bytes(a: Arch, e: int, ranks: int = 1) -> int:
 
 @lru_cache(maxsize=512)
 def block_slack(a: Arch, e: int, copies: int, ranks: int = 1) -> int:
-    """What the allocator counts beyond the bytes of `copies` sets of all parameters.
+    """What the allocator counts beyond the bytes of all parameters, or of `copies` states of each, made in order.
 
-    A tensor of 10 MiB or more gets a segment of its own, rounded up to 2 MiB. Up to 1 MiB that is left over
-    there cannot be split off, so it counts as allocated (c10/cuda/CUDACachingAllocator.cpp, should_split).
-    Smaller tensors share segments.
+    Requests above 1 MiB are cut from segments of 20 MiB, those of 10 MiB and more get one of their own, rounded up
+    to 2 MiB. Up to 1 MiB that is left over cannot be split off, so it counts as allocated
+    (c10/cuda/CUDACachingAllocator.cpp, should_split). Smaller tensors waste nothing.
     """
-    total = 0
+    fresh, total = Allocator(), 0
     for n in tensors(a):
         size = rounded(-(-n//ranks)*e)
-        if size >= 10*MiB:
-            rest = rounded(size, 2*MiB) - size
-            total += rest if rest <= MiB else 0
-    return copies*total
+        if size <= MiB: continue
+        for _ in range(copies): total += fresh.allocate(size).size - size
+    return total
 
 
 @lru_cache(maxsize=512)
@@ -280,6 +281,21 @@ WHY = {
     "last step's inputs": "peft: the embeddings' output and its gradient, until the next loss replaces them",
 }
 
+# %% ../nbs/03_memory.ipynb #memory-capacity
+#: The CUDA context with the libraries that a training step loads: 767 to 787 MiB in 39 runs on an H100 (what mem_get_info
+#: said was used, less what the allocator had reserved; driver 580.159.04, torch 2.11, 2026-11-21).
+CONTEXT = 787*MiB
+
+
+def capacity(card: GPU) -> int:
+    """Bytes that a training process can allocate on `card`: what CUDA offers a process, less its own context.
+
+    What CUDA offers is `card.usable` where it is known, else the driver's total times the smallest share seen on
+    the cards for which both are known.
+    """
+    share = min(g.usable/g.memory for g in all_cards() if g.usable)
+    return (card.usable or int(card.memory*share)) - CONTEXT
+
 # %% ../nbs/03_memory.ipynb #memory-022
 @dataclass(frozen=True)
 class Memory:
@@ -304,19 +320,21 @@ class Memory:
 
     @cached_property
     def replayed(self) -> Replayed | None:
-        """The same steps on a replay of the allocator: allocated as it counts, and reserved. single and ddp;
-        else None.
+        """The same steps on a replay of the allocator: allocated as it counts, and reserved. None for zero1 to
+        zero3.
 
         It takes about a tenth of a second, where the rest of a prediction takes 0.1 ms.
         """
-        return replayed(self.settings) if self.settings.strategy in ("single", "ddp") else None
+        return replayed(self.settings) if self.settings.strategy in REPLAYED else None
 
     @property
     def reserved(self) -> int:
-        """What the caching allocator takes from the driver: replayed for single and ddp, else to first order.
+        """What the caching allocator takes from the driver: replayed, or for zero1 to zero3 to first order. Where that
+        is more than a process can have, but the peak is not: all of it, since unused segments are given back then.
         """
-        if self.replayed: return max(self.replayed.reserved[-1], self.peak_any)
-        return first_order_reserve(self)
+        found = max(self.replayed.reserved[-1], self.peak_any) if self.replayed else first_order_reserve(self)
+        room = capacity(self.settings.gpu)
+        return min(found, room) if self.peak_any <= room else found
 
 # %% ../nbs/03_memory.ipynb #memory-023
 def resident(c: Settings, e: int) -> dict[str, int]:
@@ -389,6 +407,12 @@ def replicated(c: Settings, e: int) -> dict[str, dict[str, int]]:
                   "backward": _add(base, again, grads)}
     temporary = optimizer_bytes(c.model, c.optimizer, e, c.ranks, c.lora_rank)[1]
     phases["step"] = _add(base, grads, {"optimizer temporaries": temporary})
+    # gradients move into what activations leave; where there are more of them, into new segments
+    slack = 0 if c.lora_rank else block_slack(c.model, e, 1)
+    for terms in phases.values():
+        made = terms.get("gradients", 0)
+        if slack and made > terms.get("activations", 0):
+            terms["block rounding"] = terms.get("block rounding", 0) + slack*min(made, grads["gradients"])//grads["gradients"]
     return phases
 
 
@@ -400,15 +424,29 @@ def gathered(c: Settings, place: str, done: int) -> int:
     works.
 
     full_shard: in forward two blocks (one is fetched ahead) and the buffer that the fetch fills; at the head
-    the last block; in backward the block at work and the next. shard_grad_op: all, once forward has passed
-    them, until their backward is done.
+    the last block; in backward the block at work and the next, as long as there is one. shard_grad_op: all, once
+    forward has passed them, until their backward is done.
     """
     a, products = c.model, PRECISIONS[c.precision][1]
     block = a.layer_parameters*products
     root = a.parameters*products - a.layers*block
     if c.strategy == "shard_grad_op":
         return root + (a.layers - done)*block + (block if place[0] == "f" else 0)
-    return root + {"f": 3 if place[1] in "012" else 1, "b": 1 if place[1] in "HE" else 2}[place[0]]*block
+    return root + {"f": 3 if place[1] in "012" else 1, "b": {"H": 1, "0": 1, "E": 0}.get(place[1], 2)}[place[0]]*block
+
+
+def reducing_root(c: Settings, e: int) -> int:
+    """Bytes beyond the resident ones while the root's gradients are scattered, once all blocks are done.
+
+    Its parameters are given back first. Then there are its gradients, and the same laid out for the reduce-scatter in
+    the weights' dtype; then, instead of the gradients, this rank's shard of them. The last gradient of all, an untied
+    head's, lives on: foreach_reduce's loop variable still holds it (torch's _fsdp_collectives.py).
+    """
+    a, products = c.model, PRECISIONS[c.precision][1]
+    root = a.parameters - a.layers*a.layer_parameters
+    last = 0 if a.tied else a.vocab*a.hidden*products
+    shards = 0 if c.offload else a.layers*-(-a.layer_parameters//c.ranks)*e
+    return shards + root*e + max(root*products, root*e//c.ranks + last)
 
 
 def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
@@ -423,10 +461,12 @@ def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
         for done, moments in lists:
             terms = moment(moments, T, s)[1]
             if place[0] == "b": terms["gradients"] += done*(shard - a.layer_parameters*products)
-            reduce = a.layer_parameters*e*(N + 1)//N if place in ("b1", "b0") else 0
+            # the block before it: its gradients, laid out for the reduce-scatter
+            reduce = a.layer_parameters*e if place in ("b1", "b0", "bE") else 0
             terms = _add(base, terms, {"unsharded": gathered(c, place, done), "reduce buffers": reduce})
             phase = "forward" if place[0] == "f" else "backward"
             best[phase] = max(best.get(phase, {}), terms, key=_total)
+    best["backward"] = max(best["backward"], _add(base, {"reduce buffers": reducing_root(c, e)}), key=_total)
     grads = {} if c.offload else {"gradients": gradient_bytes(c, e)}
     temporary = 0 if c.offload else optimizer_bytes(a, c.optimizer, e, N)[1]
     best["step"] = _add(base, grads, {"optimizer temporaries": temporary})
@@ -459,8 +499,9 @@ def train_memory(model: Any, batch: int, seq: int, precision: str = "bf16", opti
 
 # %% ../nbs/03_memory.ipynb #memory-032
 @lru_cache(maxsize=512)
-def replayed(c: Settings) -> Replayed:
-    """Four steps on a replay of the allocator."""
+def replayed(c: Settings, room: int | None = None) -> Replayed:
+    """Four steps on a replay of the allocator. room: bytes that it may take from the driver; None: no end of it."""
+    if c.strategy in SHARDED: return replayed_streams(c, room)
     a, (weight, products) = c.model, PRECISIONS[c.precision]
     weights, adapters = [n*weight for n in tensors(a)], []
     if c.lora_rank: adapters = [4*n for n in adapter_tensors(a, c.lora_rank)]
@@ -472,12 +513,27 @@ def replayed(c: Settings) -> Replayed:
     model = dict(a=a, weight=weight, products=products, attention=c.attention, windowed=windowed(a, c.seq),
                  lora_rank=c.lora_rank, checkpointing=c.checkpointing)
     return replay(model, weights + adapters, trained, other, kept, temporary, c.optimizer == "adamw_fused",
-                  c.batch*c.seq, c.seq, workspace(c.gpu), c.accumulation)
+                  c.batch*c.seq, c.seq, workspace(c.gpu), c.accumulation, capacity=room)
+
+
+def replayed_streams(c: Settings, room: int | None) -> Replayed:
+    """The same for FSDP2, whose streams have pools of their own."""
+    a, (weight, products) = c.model, PRECISIONS[c.precision]
+    sizes: dict[str, list[int]] = {"block": [], "root": []}
+    for (name, _), n in zip(a.parameter_shapes(), tensors(a)):
+        number = next((part for part in name.split(".") if part.isdigit()), None)
+        if number in (None, "0"): sizes["root" if number is None else "block"].append(n)
+    how = Sharding(tuple(sizes["block"]), tuple(sizes["root"]), weight, products, c.ranks, a.layers,
+                   c.strategy != "shard_grad_op", c.offload)
+    kept, temporary = (2, 0) if c.optimizer == "adamw_8bit" else STATES[c.optimizer]
+    model = dict(a=a, weight=products, products=products, attention=c.attention, windowed=windowed(a, c.seq),
+                 checkpointing=c.checkpointing)
+    return replay_sharded(model, how, [buffer_bytes(a), 8*c.batch*c.seq], kept, temporary, c.optimizer == "adamw_fused",
+                          c.batch*c.seq, c.seq, workspace(c.gpu), capacity=room)
 
 
 def first_order_reserve(m: Memory) -> int:
-    """Where nothing is replayed: the peak, and once more what FSDP gathers, whose memory belongs to other
-    streams.
+    """Where nothing is replayed: the peak, and once more what is gathered, whose memory belongs to other streams.
     """
     return rounded(m.peak_any + m.terms.get("unsharded", 0) + m.terms.get("reduce buffers", 0), 2*MiB)
 
@@ -502,31 +558,33 @@ def course_of(m: Memory) -> list[tuple[str, int]]:
     return [(name, base + n) for name, n in rows] + [("step", sum(m.by_phase["step"].values()))]
 
 # %% ../nbs/03_memory.ipynb #memory-053
-def measurements() -> list[dict[str, Any]]:
-    """Rows measured on H100s, with their provenance (nbs_lib/data/memory_h100.jsonl). Bytes.
+def measurements(out_of_memory: bool = False) -> list[dict[str, Any]]:
+    """Rows measured on H100s, with their provenance (nbs_lib/data/memory_h100.jsonl). Bytes and seconds.
 
     kind: "train" or "inference". group: "small" (three-layer models whose allocator logs the ledgers were
-    checked against), "real", or "held out" (settings fixed before the model was compared with anything, and
-    looked at last).
+    checked against), "real" (settings chosen by hand), or "held out" (drawn at random before anything was measured, and
+    looked at last). out_of_memory: the steps that did not fit instead; they have "oom", and no peak.
     """
     import json
     from importlib.resources import files
     text = (files("nbs_lib")/"data"/"memory_h100.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines() if line]
+    return [r for r in map(json.loads, text.splitlines()) if ("oom" in r) == out_of_memory]
 
 
-def predict_row(row: dict[str, Any]) -> dict[str, float]:
+def predict_row(row: dict[str, Any], quick: bool = False) -> dict[str, float]:
     """The errors of train_memory on a measured row, in percent of what was measured.
 
-    allocated, requested: of the peak, against what the allocator counts and what it was asked for. replayed:
-    of the replay's peak, against what the allocator counts. any: over all steps. And one for each phase.
+    allocated, requested: of the peak, against what the allocator counts and what it was asked for. any: over all
+    steps. And one for each phase. Unless quick: reserved, and replayed, the replay's peak against what the
+    allocator counts.
     """
     m = train_memory(**row["settings"])
     pairs = {"allocated": (m.peak, row["peak"]),
              "requested": (m.peak - m.terms.get("block rounding", 0), row.get("requested")),
-             "any": (m.peak_any, row.get("peak_any")), "reserved": (m.reserved, row.get("reserved"))}
+             "any": (m.peak_any, row.get("peak_any"))}
     pairs |= {phase: (m.phases[phase], row["phases"][phase]) for phase in m.phases}
-    if m.replayed: pairs["replayed"] = m.replayed.peak, row["peak"]
+    if not quick: pairs["reserved"] = m.reserved, row.get("reserved")
+    if not quick and m.replayed: pairs["replayed"] = m.replayed.peak, row["peak"]
     return {k: 100*(p - x)/x for k, (p, x) in pairs.items() if x is not None}
 
 # %% ../nbs/03_memory.ipynb #memory-059
@@ -659,18 +717,3 @@ def inference_memory(model: Any, batch: int, seq: int, precision: str = "bf16", 
     asked = dict(model=a, batch=batch, seq=seq, precision=precision, kv_precision=kv_precision,
                  world_size=world_size)
     return InferenceMemory(sum(terms.values()), terms, asked)
-
-# %% ../nbs/03_memory.ipynb #memory-capacity
-#: The CUDA context with the libraries that a training step loads: 767 to 787 MiB in 39 runs on an H100 (what mem_get_info
-#: said was used, less what the allocator had reserved; driver 580.159.04, torch 2.11, 2026-11-21).
-CONTEXT = 787*MiB
-
-
-def capacity(card: GPU) -> int:
-    """Bytes that a training process can allocate on `card`: what CUDA offers a process, less its own context.
-
-    What CUDA offers is `card.usable` where it is known, else the driver's total times the smallest share seen on
-    the cards for which both are known.
-    """
-    share = min(g.usable/g.memory for g in all_cards() if g.usable)
-    return (card.usable or int(card.memory*share)) - CONTEXT

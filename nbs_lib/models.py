@@ -77,6 +77,10 @@ class Arch:
     unverified: tuple[str, ...] = ()    # a known model's fields that nobody here has read in a source
     notes: tuple[str, ...] = ()         # what was assumed
 
+    def __hash__(self) -> int:
+        """Of the name and the sizes that tell models apart; equality still compares every field."""
+        return hash((self.name, self.hidden, self.layers, self.ffn, self.vocab, self.kv_heads))
+
 # %% ../nbs/02_models.ipynb #models-018b
 def patch(f: Callable[..., Any] | None = None, *, as_prop: bool = False) -> Any:
     """Add a function of an Arch to the class: as a method, or with `as_prop` as a property."""

@@ -56,7 +56,7 @@ class Storage:
     __slots__ = ("tape", "size", "kind", "block")
 
     def __init__(self, tape: Tape, size: Poly, kind: int):
-        self.tape, self.size, self.kind = tape, size, kind
+        self.tape, self.size, self.kind, self.block = tape, size, kind, None
         self.block = tape.allocate(size, kind)
 
     def __del__(self):
@@ -186,8 +186,18 @@ class Tape(Ledger):
         if kind is None: kind = ACTIVATIONS if self.phase == "f" or self.remade is not None else TEMPORARIES
         return Ghost(numel, e, Storage(self, tuple(e*c for c in numel), kind))
 
-    def product(self, biased: bool) -> None:
-        """Called by each matrix product, when its output is there: cuBLAS may want a workspace."""
+    def product(self, biased: bool, e: int, layout: str, m: Poly, n: Poly, k: Poly, groups: int = 1) -> None:
+        """Called by each matrix product, when its output is there: cuBLAS may want a workspace.
+
+        m×k times k×n numbers of e bytes each; layout: as in chapter 4b, "nt" in forward. groups: so many matrices, one an
+        expert, share the rows (m; in "tn", a weight's gradient, k).
+        """
+
+    def kernel(self, kind: str, e: int, *sizes: Poly) -> None:
+        """Called for each kernel that moves bytes: operands and results have `sizes` numbers of e bytes each.
+
+        kind: what it does, one of chapter 4b's. Nothing to do here; who keeps the time listens.
+        """
 
     def leave_autocast(self) -> None:
         """Forget the copies of the weights; the marks tell what goes with those of block 1."""
@@ -270,7 +280,9 @@ def feed(t: Tape, node: Node, slot: int, g: Ghost) -> None:
     slot = 0 if node.rule is None else slot
     old = node.inputs[slot]
     if old is None: node.inputs[slot] = g
-    elif old.view: node.inputs[slot] = t.new(old.numel, old.e, old.storage.kind)
+    else:
+        if old.view: node.inputs[slot] = t.new(old.numel, old.e, old.storage.kind)
+        t.kernel("binary", old.e, *[old.numel]*3)
 
 # %% ../nbs/03a_tape.ipynb #tape-034
 def backward(t: Tape, root: Node) -> None:
@@ -283,6 +295,7 @@ def backward(t: Tape, root: Node) -> None:
         # a parameter: the gradient stays, or is added to the old one
         if node.rule is None:
             if not t.accumulating: node.saved = (node.inputs[0],)
+            else: t.kernel("binary", node.inputs[0].e, *[node.inputs[0].numel]*3)
             node.inputs[0] = None
             continue
         arrive(t, node)
@@ -311,9 +324,14 @@ LOW = 2      # bytes of a number in autocast's dtype, bf16 or fp16
 def to(t: Tape, x: Ghost, e: int) -> Ghost:
     """A cast: x itself if it has that dtype."""
     if x.e == e: return x
-    was = x.e
-    out = t.new(x.numel, e, LOGITS if x.storage.kind == LOGITS else None)
-    out.node = record(t, "ToCopy", lambda g: [t.new(g[0].numel, was, g[0].storage.kind)], (x,))
+    was, numel = x.e, x.numel
+
+    def rule(g):
+        t.kernel("cast", e, numel)
+        return [t.new(numel, was, g[0].storage.kind)]
+    out = t.new(numel, e, LOGITS if x.storage.kind == LOGITS else None)
+    t.kernel("cast", was, numel)
+    out.node = record(t, "ToCopy", rule, (x,))
     out.permuted = x.permuted
     return out
 
@@ -322,9 +340,14 @@ def cast_weight(t: Tape, p: Parameter | None) -> Parameter | Ghost | None:
     """A weight as a product sees it: under autocast a copy, made once and kept until the context is left."""
     if p is None or not t.autocast or p.e == LOW: return p
     if p.cast is None:
-        n, was = p.numel, p.e
-        p.cast = t.new(fixed(n), LOW, COPIES)
-        p.cast.node = record(t, "ToCopy", lambda g: [t.new(fixed(n), was, GRADIENTS)], (p,))
+        n, was = fixed(p.numel), p.e
+
+        def rule(g):
+            t.kernel("cast", LOW, n)
+            return [t.new(n, was, GRADIENTS)]
+        p.cast = t.new(n, LOW, COPIES)
+        t.kernel("cast", was, n)
+        p.cast.node = record(t, "ToCopy", rule, (p,))
         t.casts.append((p, t.place))
     return p.cast
 
@@ -341,9 +364,12 @@ def pointwise(t: Tape, name: str, x: Ghost, saves: str, extra: int = 0) -> Ghost
     numel, e = x.numel, x.e
 
     def rule(g):
+        for _ in range(extra): t.kernel("unary", e, numel, numel)
+        t.kernel("binary" if saves else "unary", e, numel, numel, *[numel]*bool(saves))
         return [t.new(numel, e) for _ in range(1 + extra)][-1:]
     node = None if saves == "y" else record(t, name, rule, (x,), (x,) if saves else ())
     y = t.new(numel, e)
+    t.kernel("unary", e, numel, numel)
     y.node = record(t, name, rule, (x,), (y,)) if saves == "y" else node
     y.permuted = x.permuted
     return y
@@ -357,47 +383,65 @@ def scaled(t: Tape, x: Ghost) -> Ghost:
 def plus_scalar(t: Tape, x: Ghost) -> Ghost:
     """x + a number."""
     y = t.new(x.numel, x.e)
+    t.kernel("unary", x.e, x.numel, x.numel)
     y.node = record(t, "Add", same, (x,))
     return y
 
 # %% ../nbs/03a_tape.ipynb #tape-021
-def add(t: Tape, x: Ghost, y: Ghost) -> Ghost:
-    """x + y in the wider of their dtypes; each side gets the gradient in its own."""
+def add(t: Tape, x: Ghost, y: Ghost, kind: str = "binary") -> Ghost:
+    """x + y in the wider of their dtypes; each side gets the gradient in its own. kind: of the kernel."""
     ex, ey = x.e, y.e
 
+    def fitted(g, e):
+        if g.e == e: return g
+        t.kernel("cast", g.e, g.numel)
+        return t.new(g.numel, e)
+
     def finish(g):
-        return [a if a.e == e else t.new(a.numel, e) for a, e in zip(g, (ex, ey))]
+        return [fitted(a, e) for a, e in zip(g, (ex, ey))]
     out = t.new(x.numel, max(ex, ey))
+    t.kernel(kind if ex == ey else "mixed", out.e, *[x.numel]*3)
     out.node = record(t, "Add", lambda g: [g[0], g[0]], (x, y), finish=finish if ex != ey else None)
     return out
 
 
-def mul(t: Tape, x: Ghost, y: Ghost | Parameter, small: Poly | None = None) -> Ghost:
+def mul(t: Tape, x: Ghost, y: Ghost | Parameter, small: Poly | None = None, repeats: bool = False) -> Ghost:
     """x·y in the wider of their dtypes. small: y has only so many elements and is repeated; its gradient is
-    added up.
+    added up. repeats: y is repeated over heads, and wants no gradient.
     """
     e, ex, ey, numel = max(x.e, y.e), x.e, y.e, x.numel
     need_x, need_y = x.node is not None, y.node is not None
     weight = isinstance(y, Parameter)
+    kind, moved = "binary", [numel]*3
+    if small or repeats: kind, moved = "scale columns" if weight else "rope" if repeats else "scale rows", [numel]*2
 
     def rule(g):
+        if need_x: t.kernel(kind, e, *moved)
+        if need_y: t.kernel("binary" if ex == e else "mixed", e, *[numel]*3)
         return [t.new(numel, e) if need_x else None, t.new(numel, e) if need_y else None]
 
     def finish(g):
-        if need_x and ex != e: g[0] = t.new(numel, ex)
-        if need_y and small: g[1] = t.new(small, ey, GRADIENTS if weight else None)
-        elif need_y and ey != e: g[1] = t.new(numel, ey)
+        if need_x and ex != e:
+            t.kernel("cast", e, numel)
+            g[0] = t.new(numel, ex)
+        if need_y and small:
+            t.kernel("sum rows" if weight else "mean", e, numel)
+            g[1] = t.new(small, ey, GRADIENTS if weight else None)
+        elif need_y and ey != e:
+            t.kernel("cast", e, numel)
+            g[1] = t.new(numel, ey)
         return g
     node = record(t, "Mul", rule, (x, y), (y if need_x else None, x if need_y else None), finish=finish)
     out = t.new(numel, e)
+    t.kernel(kind if kind != "binary" or ex == ey else "mixed", e, *moved)
     out.node, out.permuted = node, x.permuted
     return out
 
 # %% ../nbs/03a_tape.ipynb #tape-023
-def linear(t: Tape, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = None, kind: int | None = None,
-           low: bool = False, conv1d: bool = False) -> Ghost:
-    """x·W (+ b), with `out` elements. low: under autocast it runs in low precision. conv1d: GPT-2's layer,
-    which casts in another order.
+def linear(t: Tape, x: Ghost, w: Parameter, i: int, o: int, bias: Parameter | None = None,
+           kind: int | None = None, low: bool = False, conv1d: bool = False) -> Ghost:
+    """x·W (+ b), from i to o numbers a row; a larger W: one matrix for each expert. low: under autocast it runs
+    in low precision. conv1d: GPT-2's layer, which casts in another order.
     """
     if low and conv1d: wc = cast_weight(t, w); x = to(t, x, LOW); bc = cast_weight(t, bias)
     elif low: bc = cast_weight(t, bias); wc = cast_weight(t, w); x = to(t, x, LOW)
@@ -405,42 +449,58 @@ def linear(t: Tape, x: Ghost, w: Parameter, out: Poly, bias: Parameter | None = 
     e, n_x, n_w, n_b = x.e, x.numel, fixed(w.numel), fixed(bias.numel if bias else 0)
     need_x, need_w = x.node is not None, wc.node is not None
     need_b = bc is not None and bc.node is not None
-    biased = bias is not None
+    biased, groups = bias is not None, w.numel//(i*o)
+    rows, n_in, n_out = tuple(n//i for n in n_x), fixed(i), fixed(o)
+    out = tuple(n//i*o for n in n_x)
 
     def rule(g):
         a = t.new(n_x, e) if biased and need_x else None
-        if a: t.product(False)
+        if a: t.product(False, e, "nn", rows, n_in, n_out, groups)
         b = t.new(n_w, e, GRADIENTS) if need_w else None
-        t.product(False)
-        if not biased and need_x: a = t.new(n_x, e)
+        if b: t.product(False, e, "tn", n_out, n_in, rows, groups)
+        if not biased and need_x:
+            t.product(False, e, "nn", rows, n_in, n_out, groups)
+            a = t.new(n_x, e)
         return [a and a.alias(), b and (b if conv1d else b.alias()), None]
 
     def finish(g):
-        if need_b: g[2] = t.new(n_b, e, GRADIENTS)
+        if need_b:
+            t.kernel("sum rows", e, out)
+            g[2] = t.new(n_b, e, GRADIENTS)
         return g
     saved = (x if need_w else None, wc if need_x else None)
     node = record(t, "Linear", rule, (x, wc, bc), saved, finish=finish)
     y = t.new(out, e, kind)
-    t.product(biased)
+    t.product(biased, e, "nt", rows, n_out, n_in, groups)
     y.node = node
     return y
 
 # %% ../nbs/03a_tape.ipynb #tape-024
-def view(t: Tape, x: Ghost) -> Ghost:
+def view(t: Tape, x: Ghost, copied: bool = False) -> Ghost:
     """Another shape of the same memory. Backward copies a gradient whose order of elements does not allow a
-    view.
+    view; copied: that is known here.
     """
     def rule(g):
-        return [t.new(g[0].numel, g[0].e).alias() if g[0].permuted else g[0].alias()]
+        if not (copied or g[0].permuted): return [g[0].alias()]
+        t.kernel("transpose", g[0].e, g[0].numel, g[0].numel)
+        return [t.new(g[0].numel, g[0].e).alias()]
     return x.alias(record(t, "View", rule, (x,)), permuted=False)
 
 
-def copy(t: Tape, x: Ghost, numel: Poly | None = None) -> Ghost:
-    """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats up)."""
+def copy(t: Tape, x: Ghost, numel: Poly | None = None, back: bool = False) -> Ghost:
+    """x in fresh memory: in another order, or repeated to `numel` elements (backward adds the repeats up).
+    back: backward copies the gradient, too.
+    """
     was, e = x.numel, x.e
+
+    def rule(g):
+        if back: t.kernel("transpose", e, g[0].numel, g[0].numel)
+        else: t.kernel("mean", e, g[0].numel)
+        return [t.new(was, e)]
     out = t.new(numel or was, e)
+    t.kernel("transpose", e, out.numel, out.numel)
     repeated = numel is not None and numel != was
-    out.node = record(t, "Copy", (lambda g: [t.new(was, e)]) if repeated else same, (x,))
+    out.node = record(t, "Copy", rule if repeated or back else same, (x,))
     return out
 
 # %% ../nbs/03a_tape.ipynb #tape-025
@@ -448,9 +508,14 @@ def dropout(t: Tape, x: Ghost, p: float) -> Ghost:
     """Dropout with probability p: a mask of one byte per element, and the result."""
     if not p: return x
     numel, e = x.numel, x.e
+
+    def rule(g):
+        t.kernel("dropout backward", e, numel, numel)
+        return [t.new(numel, e)]
     mask = t.new(numel, 1)
     y = t.new(numel, e)
-    y.node = record(t, "NativeDropout", lambda g: [t.new(numel, e)], (x,), (mask,))
+    t.kernel("dropout", e, numel, numel)
+    y.node = record(t, "NativeDropout", rule, (x,), (mask,))
     return y
 
 
@@ -461,21 +526,27 @@ def layer_norm(t: Tape, x: Ghost, w: Parameter, b: Parameter, rows: Poly) -> Gho
     y, mean, inverse = t.new(numel, e), t.new(rows, 4), t.new(rows, 4)
 
     def rule(g):
+        t.kernel("layer norm backward", e, *[numel]*5)
         return [t.new(numel, e), t.new(n, ew, GRADIENTS), t.new(n, ew, GRADIENTS)]
+    t.kernel("layer norm", e, numel, numel)
     y.node = record(t, "NativeLayerNorm", rule, (x, w, b), (x, mean, inverse))
     return y
 
 # %% ../nbs/03a_tape.ipynb #tape-026
-def bmm(t: Tape, x: Ghost, y: Ghost, out: Poly) -> Ghost:
-    """A batched product of two activations: saves both."""
+def bmm(t: Tape, x: Ghost, y: Ghost, out: Poly, kind: str, rows: Poly, s: Poly, d: Poly) -> Ghost:
+    """A batched product of two activations: saves both. kind: "scores", s×d by d×s, or "values", s×s by s×d, with
+    `rows` rows of x in all.
+    """
     if t.autocast: x, y = to(t, x, LOW), to(t, y, LOW)
     e, nx, ny = x.e, x.numel, y.numel
 
     def rule(g):
         gy = t.new(ny, e)
+        for other in ("values", "values" if kind == "scores" else "scores"): t.product(False, e, other, rows, s, d)
         return [t.new(nx, e), gy]
     node = record(t, "Bmm", rule, (x, y), (x, y))
     z = t.new(out, e)
+    t.product(False, e, kind, rows, s, d)
     z.node = node
     return z
 
@@ -487,9 +558,11 @@ def softmax(t: Tape, x: Ghost, e: int) -> Ghost:
     y = t.new(numel, e)
 
     def rule(g):
+        t.kernel("softmax backward", e, *[numel]*3)
         out = t.new(numel, e)
         t.new(numel, e)
         return [out]
+    t.kernel("softmax", e, numel, numel)
     y.node = record(t, "Softmax", rule, (x,), (y,))
     return y
 
@@ -497,6 +570,11 @@ def softmax(t: Tape, x: Ghost, e: int) -> Ghost:
 def log_softmax(t: Tape, x: Ghost) -> Ghost:
     """Log-softmax over the vocabulary: saves its output."""
     numel, e = x.numel, x.e
+
+    def rule(g):
+        t.kernel("log softmax backward", e, *[numel]*3)
+        return [t.new(numel, e, LOGITS)]
     y = t.new(numel, e, LOGITS)
-    y.node = record(t, "LogSoftmax", lambda g: [t.new(numel, e, LOGITS)], (x,), (y,))
+    t.kernel("log softmax", e, numel, numel)
+    y.node = record(t, "LogSoftmax", rule, (x,), (y,))
     return y

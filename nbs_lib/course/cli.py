@@ -33,9 +33,9 @@ def whole(text: str) -> int:
     return number
 
 
-def _step_options(command: Parser) -> None:
-    """What describes a training step on one GPU, for `fit` and `measure`."""
-    command.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json")
+def _step_options(command: Parser, **model) -> None:
+    """What describes a training step, for `fit` and `measure`."""
+    command.add_argument("model", help="a known name (llama-3-8b) or the path of a config.json", **model)
     command.add_argument("--batch", type=whole, default=1, help="sequences per GPU and micro-batch (default: 1)")
     command.add_argument("--seq", type=whole, help="tokens per sequence (default: 2048, or the model's most if that is less)")
     command.add_argument("--precision", default="bf16", help="fp32, bf16, amp_bf16, amp_fp16 (default: %(default)s)")
@@ -44,6 +44,10 @@ def _step_options(command: Parser) -> None:
     command.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     command.add_argument("--accumulation", type=whole, default=1, metavar="N", help="micro-batches per step (default: 1)")
     command.add_argument("--lora-rank", type=whole, metavar="R", help="train LoRA adapters of this rank")
+    command.add_argument("--gpus", type=whole, default=1, metavar="N", help="how many GPUs (default: 1)")
+    command.add_argument("--strategy", help="single, ddp, full_shard, shard_grad_op, hybrid_shard, zero1, zero2, zero3 (default: single, with several GPUs full_shard)")
+    command.add_argument("--shard-size", type=whole, metavar="N", help="hybrid_shard: GPUs per group")
+    command.add_argument("--offload", action="store_true", help="sharded: parameters and optimizer in host memory")
 
 
 def parser() -> Parser:
@@ -55,16 +59,19 @@ def parser() -> Parser:
                               description="Predict the peak memory of a training step and compare it with a card. Exit code 0: it fits, 1: it does not, 2: bad input.")
     _step_options(fit)
     fit.add_argument("--gpu", help="the card (default: the one in this machine, else h100-sxm)")
-    fit.add_argument("--gpus", type=whole, default=1, metavar="N", help="how many of them (default: 1)")
-    fit.add_argument("--strategy", help="single, ddp, full_shard, shard_grad_op, hybrid_shard, zero1, zero2, zero3 (default: single, with several GPUs full_shard)")
-    fit.add_argument("--shard-size", type=whole, metavar="N", help="hybrid_shard: GPUs per group")
-    fit.add_argument("--offload", action="store_true", help="sharded: parameters and optimizer in host memory")
     fit.add_argument("--json", action="store_true", help="the answer as JSON")
 
-    measure = commands.add_parser("measure", help="run the real step on this machine's GPU and set it beside the prediction",
-                                  description="Run six real training steps (random weights, no download) in a process of their own, and set them beside the prediction.")
-    _step_options(measure)
-    measure.add_argument("--out", type=Path, metavar="FILE", help="append the row to this file of JSON lines")
+    measure = commands.add_parser("measure", help="run the real step on this machine's GPUs and set it beside the prediction",
+                                  description="Run real training steps (random weights, no download) in processes of their own, one for each GPU, and set them beside the prediction.")
+    _step_options(measure, nargs="?")
+    measure.add_argument("--inference", action="store_true", help="measure generating after a prompt of --seq tokens instead")
+    measure.add_argument("--card", action="store_true", help="measure what the card achieves instead, as chapter 4's predictions use it; writes --out (default: card_GPU.json)")
+    measure.add_argument("--steps", type=whole, default=30, metavar="N", help="time at most so many steps, after three that warm up (default: 30)")
+    measure.add_argument("--suite", type=Path, metavar="FILE", help="measure every settings of this JSON list that --out does not hold yet")
+    measure.add_argument("--out", type=Path, metavar="FILE", help="append rows to this file of JSON lines (with --card: a new file)")
+    measure.add_argument("--limit-seconds", type=whole, metavar="N", help="a suite begins no further row after so many seconds")
+    measure.add_argument("--row-seconds", type=whole, default=300, metavar="N", help="a row that takes longer is ended (default: 300)")
+    measure.add_argument("--cpu", action="store_true", help="no GPU: rehearse a small model's steps on CPU tensors and gloo ranks")
     measure.add_argument("--json", action="store_true", help="the row as JSON")
 
     build = commands.add_parser("build", help="build the site from stored outputs")
@@ -121,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_fit(args) -> int:
     import gc
 
-    from .. import hardware, memory, models
+    from .. import hardware, memory, models, roofline, verdict
     from .fit import smallest_world, ways_out
 
     gc.disable()  # a short-lived process that makes many small objects and no cycles that matter
@@ -135,22 +142,25 @@ def run_fit(args) -> int:
                     attention=args.attention, accumulation=args.accumulation, strategy=args.strategy or ("full_shard" if args.gpus > 1 else "single"),
                     world_size=args.gpus, shard_size=args.shard_size, offload=args.offload, lora_rank=args.lora_rank)
     m = memory.train_memory(model, **settings, gpu=card)
-    room = memory.capacity(card)
-    fits = m.peak_any <= room
-    out = [] if fits else ways_out(model, card, room, settings)
-    world = None if fits else smallest_world(model, card, room, settings)
+    v = verdict.verdict(m)
+    fits = v.answer == "fits"
+    out = [] if fits else ways_out(model, card, settings)
+    world = None if fits else smallest_world(model, card, settings)
+    t = roofline.train_time(model, **settings, gpu=card)
     if args.json:
         print(json.dumps({
-            "model": model.name, "parameters": model.parameters, "gpu": card.name, "settings": settings, "fits": fits, "capacity": room,
+            "model": model.name, "parameters": model.parameters, "gpu": card.name, "settings": settings, "fits": fits, "verdict": v.answer,
+            "why": v.why, "capacity": v.room, "not_measured": list(v.doubts),
             "peak": m.peak, "peak_any": m.peak_any, "reserved": m.reserved, "phases": dict(m.phases), "terms": dict(m.terms),
             "ways_out": [{"options": " ".join(c.option for c in w.changes), "peak": w.peak, "price": [c.price for c in w.changes]} for w in out],
-            "smallest_full_shard": world}, indent=1))
+            "smallest_full_shard": world, "seconds": t.seconds, "tokens_per_second": t.tokens_per_second, "mfu": t.mfu, "bound": t.bound,
+            "seconds_by_term": t.terms, "basis": t.basis}, indent=1))
     else:
-        _print_fit(model, card, settings, m, room, fits, out, world)
+        _print_fit(model, card, settings, m, v, t, out, world)
     return 0 if fits else 1
 
 
-def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
+def _print_fit(model, card, settings, m, v, t, out, world) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -173,9 +183,13 @@ def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
         console.print(f"The first steps reach {m.peak_any / GIB:.2f} GiB. The allocator reserves about {m.reserved / GIB:.2f} GiB.")
     else:
         console.print(f"The allocator reserves about {m.reserved / GIB:.2f} GiB.")
-    verdict = f"{m.peak_any / GIB:.1f} of {room / GIB:.1f} GiB usable (the driver reports {card.memory / GIB:.1f}; CUDA and its context keep the rest)"
-    console.print(Text(f"{'Fits' if fits else 'Does not fit'}: {verdict}.", style="bold green" if fits else "bold red"))
-    if fits:
+    ms = 1e3 * t.seconds
+    console.print(f"A step takes about {f'{ms:.3g}' if ms < 100 else f'{ms:,.0f}'} ms: {t.tokens_per_second:,.0f} tokens/s, MFU {t.mfu:.0%}, {t.bound}-bound.")
+    said, style = {"fits": ("Fits", "bold green"), "out of memory": ("Does not fit", "bold red")}.get(v.answer, ("Too close to call", "bold yellow"))
+    room = f"{m.peak_any / GIB:.1f} of {v.room / GIB:.1f} GiB usable (the driver reports {card.memory / GIB:.1f}; CUDA and its context keep the rest)"
+    console.print(Text(f"{said}: {room}; {v.why}.", style=style))
+    console.print(_trust(v, t))
+    if v.answer == "fits":
         return
     for i, way in enumerate(out):
         console.print()
@@ -190,51 +204,54 @@ def _print_fit(model, card, settings, m, room, fits, out, world) -> None:
         console.print(f"\nOr more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
 
 
+def _trust(v, t) -> str:
+    """How far to trust it, in a sentence or two."""
+    from ..verdict import like, memory_errors
+
+    if v.doubts:
+        return f"Not in the measured range: {'; '.join(v.doubts)}. Time: {t.basis}."
+    near = like(t.settings)
+    median, worst = memory_errors(near)
+    return f"In the measured range: on the {len(near)} measured steps most like it the peak was off by {median:.2f}% in the median, {worst:.1f}% at worst. Time: {t.basis}."
+
+
 def run_measure(args) -> int:
-    from .. import hardware, memory, models
     from . import measure
 
-    model = models.arch(args.model)
-    settings = dict(batch=args.batch, seq=args.seq or min(2048, model.max_positions), precision=args.precision, optimizer=args.optimizer,
-                    checkpointing=args.checkpointing, attention=args.attention, accumulation=args.accumulation, lora_rank=args.lora_rank)
-    cards, why = hardware.detect_why()
-    card = cards[0].gpu if cards else None
-    predicted = memory.train_memory(model, **settings, **({"gpu": card} if card else {}))  # refuses bad input before anything runs
-    if args.optimizer == "adamw_8bit":
-        raise BadInput("optimizer 'adamw_8bit' is predicted but not measured yet; measured are adamw, adamw_fused, sgd, sgd_momentum")
-    if not cards:
-        raise RuntimeError(f"there is no GPU to measure on ({why}). Lab 3 counts the bytes of real tensors on a CPU: `nbs lab 3`")
-    row = measure.measure({"model": args.model, **settings})
+    if args.card:
+        if args.model or args.suite or args.cpu or args.inference or args.json:
+            raise BadInput("--card measures the card by itself and takes --out FILE only")
+        print(measure.card_summary(measure.card(args.out, say=lambda line: print(line, flush=True))))
+        return 0
+    options = dict(cpu=args.cpu, steps=args.steps, limit=args.row_seconds)
+    if args.suite:
+        if args.model or not args.out:
+            raise BadInput("--suite FILE takes its settings from the file, so no model is named, and needs --out ROWS.jsonl")
+        if args.json:
+            raise BadInput("--suite writes its rows to --out; --json is for a single row")
+        count = measure.suite(args.suite, args.out, limit_seconds=args.limit_seconds, say=lambda line: print(line, flush=True), **options)
+        print(f"{args.out}: " + ", ".join(f"{n} {word}" for word, n in zip(("measured", "there before", "skipped", "failed"), count.values())))
+        return 1 if count["failed"] else 0
+    if not args.model:
+        raise BadInput("which model? A known name (gpt2), the path of a config.json, or --suite FILE")
+    kind, settings = measure.complete(measure.entry_of(args))
+    if args.cpu and kind == "inference":
+        raise BadInput("--cpu rehearses training steps; inference is measured on a GPU")
+    if args.cpu and (large := measure.too_large_for_cpu(settings)):
+        raise BadInput(f"{large}. Take a smaller model, batch or --seq")
+    with measure.Bench([(kind, settings)], **options) as bench:
+        if not args.cpu and settings["world_size"] > bench.gpus:
+            raise RuntimeError(measure.no_gpu(bench.why) if not bench.gpus else f"--gpus is {settings['world_size']}, and this machine has {bench.gpus}")
+        row = bench.measure(kind, settings)
     if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        measure.append(args.out, row)
     if args.json:
         print(json.dumps(row, indent=1))
-        return 0
-    if "oom" in row:
-        print(f"Out of memory, as a result: {row['oom']}\nPredicted: {predicted.peak_any / GIB:.2f} GiB at the peak.")
-        return 0
-    _print_measured(model, settings, predicted, row)
+    else:
+        from .measured import show
+
+        show(row, bench.card)
     return 0
-
-
-def _print_measured(model, settings, predicted, row) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    where = row["provenance"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("GiB", "predicted", "measured", "off by"):
-        table.add_column(column, justify="left" if column == "GiB" else "right")
-    pairs = [(f"{phase}, so far", predicted.phases[phase], row["phases"][phase]) for phase in ("forward", "backward", "step")]
-    for name, mine, real in [*pairs, ("all steps", predicted.peak_any, row["peak_any"]), ("replayed", predicted.replayed.peak, row["peak"]), ("reserved", predicted.reserved, row["reserved"])]:
-        table.add_row(name, f"{mine / GIB:.3f}", f"{real / GIB:.3f}", f"{mine / real - 1:+.2%}")
-    console = Console(highlight=False)
-    console.print(f"[bold]{model.name}, {settings['batch']} × {settings['seq']:,} tokens, {settings['precision']}, on {where['device']}[/]")
-    console.print(table)
-    tokens = settings["batch"] * settings["seq"] * settings["accumulation"]
-    console.print(f"{row['step_seconds'] * 1000:,.1f} ms a step, {tokens / row['step_seconds']:,.0f} tokens/s. The driver shows {row['driver_used'] / GIB:.2f} GiB in use. "
-                  f"torch {where['torch']}, transformers {where['transformers']}, driver {where['driver']}.")
 
 
 # --- site -----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import itertools
 from dataclasses import dataclass
 
 from ..hardware import GPU
-from ..memory import train_memory
+from ..memory import Memory, train_memory
+from ..verdict import verdict
 
 #: What a change costs, from free to dear, by what it changes: nothing; the size of the pieces; the arithmetic done twice or sent over
 #: the wire; the numbers; what is trained; the speed, many times over. Ranks, not measurements.
@@ -68,8 +69,13 @@ def changes(settings: dict) -> list[Change]:
     return out
 
 
-def ways_out(model, card: GPU, room: int, settings: dict, most: int = 3) -> list[WayOut]:
-    """The cheapest sets of up to three changes that bring the peak to at most `room` bytes.
+def fits(m: Memory) -> bool:
+    """Whether a step surely fits."""
+    return verdict(m).answer == "fits"
+
+
+def ways_out(model, card: GPU, settings: dict, most: int = 3) -> list[WayOut]:
+    """The cheapest sets of up to three changes that make it fit on the card.
 
     No set contains another that is enough by itself.
     """
@@ -81,11 +87,11 @@ def ways_out(model, card: GPU, room: int, settings: dict, most: int = 3) -> list
             continue
         new = {**settings, **{k: v for change in candidate for k, v in change.settings}}
         try:
-            peak = train_memory(model, **new, gpu=card).peak_any
+            m = train_memory(model, **new, gpu=card)
         except ValueError:
             continue
-        if peak <= room:
-            found.append(WayOut(candidate, peak))
+        if fits(m):
+            found.append(WayOut(candidate, m.peak_any))
             if len(found) == most:
                 break
     return found
@@ -97,12 +103,12 @@ def _compatible(candidate) -> bool:
     return len(names) == len(set(names))
 
 
-def smallest_world(model, card: GPU, room: int, settings: dict) -> int | None:
+def smallest_world(model, card: GPU, settings: dict) -> int | None:
     """The smallest number of such GPUs (a power of two up to 1024) on which full sharding of the same settings fits."""
     for world in (2**i for i in range(1, 11)):
         if world > settings["world_size"]:
             try:
-                if train_memory(model, **{**settings, "strategy": "full_shard", "world_size": world, "shard_size": None}, gpu=card).peak_any <= room:
+                if fits(train_memory(model, **{**settings, "strategy": "full_shard", "world_size": world, "shard_size": None}, gpu=card)):
                     return world
             except ValueError:
                 return None

@@ -53,7 +53,7 @@ class Choice:
 
     def judge(self, answer) -> Verdict:
         letter = answer.strip().lower() if isinstance(answer, str) else answer
-        if letter not in self.options:
+        if not isinstance(letter, str) or letter not in self.options:
             return Verdict(False, f"{answer!r} is none of the options: answer with one of {', '.join(map(repr, self.options))}.")
         return Verdict(letter == self.right, self.reasons[letter])
 

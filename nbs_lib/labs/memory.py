@@ -18,7 +18,7 @@ lab = Lab("03_memory", "Lab 3: what fills a GPU")
 
 # %% auto #0
 __all__ = ['lab', 'SIZES', 'SMALL', 'Bench', 'bench', 'live_bytes', 'state_bytes', 'mlp_saved', 'extra_peak', 'loss_peak',
-           'step_peaks', 'layer_bytes', 'stored_row']
+           'step_peaks', 'layer_bytes', 'three_ways', 'stored_row']
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-004
 #: What is trained on a GPU, from large to small; the first whose predicted peak takes at most 60% of the free memory is used.
@@ -293,6 +293,30 @@ lab.exercise(4, "the peak of a step", unit="bytes",
          "b": "Close: gradients are all there by then. But something as large as the weights comes on top a moment later.",
          "c": "With few tokens the states decide, and the optimizer's step holds weights, gradients, two moments and temporaries: 10 "
               "bytes per parameter in bf16. No smaller batch helps there; a fused AdamW, which needs no temporaries, does."}))
+
+# %% ../../nbs/labs/03_memory.ipynb #03-memory-trace-0
+def three_ways(b: Bench) -> list[tuple[str, int]]:
+    """(way, bytes) of the peak of exercise 4's step: formula, trace with fake tensors, and what this machine measures.
+
+    Left out everywhere: cuBLAS's workspaces and the allocator's rounding of blocks, which only a real GPU has.
+    """
+    import torch
+
+    from nbs_lib.trace import trace_memory, trace_train
+
+    m = train_memory(b.model, b.batch, b.seq)
+    gpu_only = m.terms["workspaces"] + m.terms.get("block rounding", 0)
+    ways = [("formula, for a GPU", m.peak - gpu_only), ("trace, claiming a GPU", trace_train(b.model, b.batch, b.seq).peak)]
+    if b.device == "cpu":
+
+        def loss(model):
+            x = torch.randint(0, b.model.vocab, (b.batch, b.seq))
+            return model(input_ids=x, labels=x).loss
+
+        here = trace_memory(lambda: build(b.model, "bfloat16", "cpu"), loss, lambda p: torch.optim.AdamW(p, foreach=True), device="cpu")
+        ways.append(("trace, as a CPU computes", here.peak))
+    measured = max(step_peaks(b).values())
+    return [*ways, (f"measured on this {b.device}", measured - gpu_only if b.device == "cuda" else measured)]
 
 # %% ../../nbs/labs/03_memory.ipynb #03-memory-037
 lab.exercise(5, "the peak with checkpointing", unit="bytes",
