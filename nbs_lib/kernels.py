@@ -158,7 +158,15 @@ class Card:
         align = min(math.gcd(int(x)*e, 16) for x in {"nt": (k, n), "nn": (k, n), "tn": (m, n)}[layout])
         rate = self.measured["alignment"].get(f"{dtype} {layout} {align}")
         if rate and min(m, n, k) >= 64: seconds = max(seconds, 2*m*n*k/rate)
-        return groups*seconds*self.compute[dtype]
+        return groups*seconds*self.slower(dtype, 2*m*n*k, e*(m*k + k*n + m*n))
+
+    def slower(self, dtype: str, operations: float, size: float) -> float:
+        """How much longer than on the measured card: the ratio of two rooflines, the larger of operations and
+        bytes.
+        """
+        base = gpu(MEASURED)
+        compute, memory = operations/base.flops[dtype], size/base.bandwidth
+        return max(compute*self.compute[dtype], memory*self.memory)/max(compute, memory)
 
     def move(self, kind: str, e: int, size: float) -> float:
         """Seconds of a kernel of this kind (chapter 4b) that moves `size` bytes."""

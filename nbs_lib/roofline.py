@@ -242,10 +242,7 @@ def optimize(c: Settings, on: Card, clock: Clock, launch: float | None) -> None:
     if c.lora_rank: e = 4
     parameters = sum(sizes)/(c.ranks if c.strategy != "single" else 1)
     if c.offload:
-        rate = on.measured["links"][f"host adamw {'bf16' if e == 2 else 'fp32'}, parameters/s"]
-        # numbers read and written, of AdamW's 7
-        share = {"sgd": 3/7, "sgd_momentum": 5/7}.get(name, 1.0)
-        clock.run("optimizer", parameters/rate*share, 0.0)
+        clock.run("optimizer", parameters/on.host_optimizer(name, e), 0.0)
         return
     measured = "adamw_fused" if name == "adamw_8bit" else name
     share = (3*e + 4)/(7*e) if name == "adamw_8bit" else 1.0

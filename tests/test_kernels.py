@@ -175,12 +175,20 @@ def test_a_side_left_out_is_predicted_from_its_neighbours():
 CUDA = [g for g in gpus() if g.capability]
 
 
-@given(st.sampled_from(CUDA), st.sampled_from([256, 4096, 16384]), st.sampled_from([2, 4]))
+@given(st.sampled_from(CUDA), st.sampled_from([4096, 8192, 16384]), st.sampled_from([2, 4]))
 def test_an_unmeasured_card_keeps_the_shares_of_its_datasheet(g, size, e):
+    """Large products by operations, products of one row and movers by bytes."""
     c, dtype = card(g), DTYPE[e]
+    bandwidth = pytest.approx(H100.gpu.bandwidth/g.bandwidth)
     assert c.product(e, "nt", size, size, size)/H100.product(e, "nt", size, size, size) == pytest.approx(H100.gpu.flops[dtype]/g.flops[dtype])
-    assert c.move("binary", e, size**2)/H100.move("binary", e, size**2) == pytest.approx(H100.gpu.bandwidth/g.bandwidth)
+    assert c.product(2, "nt", 1, size, size)/H100.product(2, "nt", 1, size, size) == bandwidth
+    assert c.move("binary", e, size**2)/H100.move("binary", e, size**2) == bandwidth
     assert ("measured on" in c.basis) == (g.name == "h100-sxm") and (g.name == "h100-sxm" or c.basis.startswith("not measured"))
+
+
+@given(st.sampled_from(CUDA), st.sampled_from([2, 4]), SIDE, SIDE, SIDE)
+def test_no_product_beats_the_operations_of_a_datasheet(g, e, m, n, k):
+    assert card(g).product(e, "nt", m, n, k) > 2*m*n*k/g.flops[DTYPE[e]]*0.99
 
 
 def test_what_is_no_cuda_card_is_refused():
