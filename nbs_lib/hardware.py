@@ -561,7 +561,8 @@ def parse_smi(text: str) -> list[Detected]:
     found = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) not in (4, 5) or not cells[0] or not cells[2].replace(".", "").isdecimal():
+        if len(cells) not in (4, 5) or not (cells[0] and cells[0].isascii() and cells[0].isprintable()
+                                            and cells[2].replace(".", "").isdecimal()):
             continue
         mib, mig = _number(cells[1]), len(cells) == 5 and cells[4] == "Enabled"
         memory = int(mib) * MiB if mib and mib < 2**40 else None

@@ -233,7 +233,7 @@ def test_out_of_memory_is_a_result_with_its_phase(pretended, monkeypatch, where,
     target = {"forward": (transformers.LlamaForCausalLM, "forward"), "backward": (torch.Tensor, "backward"), "step": (torch.optim.SGD, "step"), "build": (torch, "empty_like")}[where]
     monkeypatch.setattr(*target, full)
     row = train(job("train"), 0, None)
-    assert set(row) == {"oom"} and row["oom"]["at"] == at and row["oom"]["step"] == 0 and row["oom"]["oom"] == "CUDA out of memory. Tried to allocate 1.00 GiB"
+    assert set(row) == {"oom", "provenance"} and row["provenance"]["torch"] and row["oom"]["at"] == at and row["oom"]["step"] == 0 and row["oom"]["oom"] == "CUDA out of memory. Tried to allocate 1.00 GiB"
     json.dumps(row)
 
 

@@ -339,7 +339,8 @@ def stored_row() -> dict:
     """The stored H100 measurement of Llama-3-8B, bf16, AdamW, batch 1 × 2,048 tokens, with its provenance."""
     from nbs_lib.memory import measurements
 
-    wanted = dict(model="llama-3-8b", batch=1, seq=2048, precision="bf16", optimizer="adamw", checkpointing=False, attention="sdpa")
+    wanted = dict(model="llama-3-8b", batch=1, seq=2048, precision="bf16", optimizer="adamw", checkpointing=False, attention="sdpa",
+                  lora_rank=None)
     return next(r for r in measurements() if all(r["settings"].get(k) == v for k, v in wanted.items()))
 
 
