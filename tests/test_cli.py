@@ -181,7 +181,8 @@ def test_serve_puts_the_running_jupyterlab_in_the_pages(site):
 
 
 def test_interrupting_serve_ends_it_at_once():
-    process = subprocess.Popen([str(NBS), "serve", "--port", "18300"], stdout=subprocess.PIPE, text=True)
+    # a test run in the background of a script inherits an ignored SIGINT
+    process = subprocess.Popen([str(NBS), "serve", "--port", "18300"], stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while "Site:" not in (line := process.stdout.readline()):
         assert process.poll() is None, line
     process.send_signal(signal.SIGINT)
