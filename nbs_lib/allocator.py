@@ -26,7 +26,7 @@ def segment_size(size: int) -> int:
 
 # %% auto #0
 __all__ = ['MiB', 'Block', 'segment_size', 'Full', 'Allocator', 'AllocatingTape', 'Replayed', 'replay', 'Device', 'Stream',
-           'Sharding', 'ShardedTape', 'replay_sharded']
+           'Sharding', 'GatheringTape', 'ShardedTape', 'replay_sharded']
 
 # %% ../nbs/03c_allocator.ipynb #allocator-004
 class Full(Exception):
@@ -270,9 +270,9 @@ class Sharding:
         return [-(-n//self.ranks) for n in (self.root if key == "root" else self.block)]
 
 # %% ../nbs/03c_allocator.ipynb #allocator-streams-3
-class ShardedTape(AllocatingTape):
-    """A tape with FSDP2's hooks: gathers, gives back and scatters as the step comes by. groups: the parameters of each block,
-    and of the root, whose gradients go when they have been scattered.
+class GatheringTape(AllocatingTape):
+    """A tape that can do what FSDP2 does with memory: gather, copy out, give back, scatter. groups: the parameters of each
+    block, and of the root, whose gradients go when they have been scattered.
     """
 
     def __init__(self, main: Stream, gathering: Stream, scattering: Stream, how: Sharding, *args):
@@ -317,39 +317,38 @@ class ShardedTape(AllocatingTape):
         else: self.shards.append(shard)
 
 # %% ../nbs/03c_allocator.ipynb #allocator-streams-4
-def _mark(self: ShardedTape, name: str) -> None:
-    """Where a block, the head or the end begins, FSDP2's hooks run."""
-    AllocatingTape.mark(self, name)
-    last = self.how.layers - 1
-    number = int(name[1:]) if name[1:].isdigit() else None
-    if name[0] == "f" and number is not None:
-        if number and self.how.reshard: self.reshard(number - 1)
-        self.gather(number)
-        self.copy_out(number, keep=True)
-    elif name == "fH" and self.how.reshard: self.reshard(last)
-    elif name[0] == "b" and number is not None:
-        if number < last: self.scatter(number + 1)
+class ShardedTape(GatheringTape):
+    """FSDP2's hooks: when it does so, as the step comes by."""
+
+    def mark(self, name: str) -> None:
+        """Where a block, the head or the end begins, FSDP2's hooks run."""
+        super().mark(name)
+        last = self.how.layers - 1
+        number = int(name[1:]) if name[1:].isdigit() else None
+        if name[0] == "f" and number is not None:
+            if number and self.how.reshard: self.reshard(number - 1)
+            self.gather(number)
+            self.copy_out(number, keep=True)
+        elif name == "fH" and self.how.reshard: self.reshard(last)
+        elif name[0] == "b" and number is not None:
+            if number < last: self.scatter(number + 1)
+            if self.how.reshard:
+                self.copy_out(number, keep=False)
+                if number: self.gather(number - 1)
+        elif name == "bE": self.scatter(0)
+        elif name == "end":
+            self.scatter("root")
+            self.allocator.release(self.laid_out)
+
+    def run_backward(self, loss) -> None:
+        """Between forward and backward the root's parameters are given back, and gathered again; then the last block's."""
+        self.forget()
         if self.how.reshard:
-            self.copy_out(number, keep=False)
-            if number: self.gather(number - 1)
-    elif name == "bE": self.scatter(0)
-    elif name == "end":
-        self.scatter("root")
-        self.allocator.release(self.laid_out)
-
-
-def _run_backward(self: ShardedTape, loss) -> None:
-    """Between forward and backward the root's parameters are given back, and gathered again; then the last block's."""
-    self.forget()
-    if self.how.reshard:
-        self.reshard("root")
-        self.gather("root")
-        self.copy_out("root", keep=False)
-        self.gather(self.how.layers - 1)
-    AllocatingTape.run_backward(self, loss)
-
-
-ShardedTape.mark, ShardedTape.run_backward = _mark, _run_backward
+            self.reshard("root")
+            self.gather("root")
+            self.copy_out("root", keep=False)
+            self.gather(self.how.layers - 1)
+        super().run_backward(loss)
 
 # %% ../nbs/03c_allocator.ipynb #allocator-streams-5
 def replay_sharded(model: dict, how: Sharding, other: list[int], kept: int, temporary: int, fused: bool, T: int, s: int,

@@ -240,7 +240,7 @@ def optimize(c: Settings, on: Card, clock: Clock, launch: float | None) -> None:
     e, name = PRECISIONS[c.precision][0], c.optimizer
     sizes = adapter_tensors(c.model, c.lora_rank) if c.lora_rank else tensors(c.model)
     if c.lora_rank: e = 4
-    parameters = sum(sizes)/(c.ranks if c.strategy != "single" else 1)
+    parameters = sum(sizes)/c.ranks
     if c.offload:
         clock.run("optimizer", parameters/on.host_optimizer(name, e), 0.0)
         return

@@ -8,13 +8,14 @@ from functools import lru_cache
 from typing import Any
 
 from .memory import REPLAYED, SHARDED, Memory, Settings, capacity, measurements, predict_row, replayed, train_memory
+from .hardware import gpu
 from .models import arch
 
 # %% auto #0
-__all__ = ['MARGIN', 'Verdict', 'ends', 'verdict', 'measured_range', 'doubts', 'like', 'memory_errors', 'score']
+__all__ = ['KNOWN', 'ASSUMED', 'Verdict', 'ends', 'verdict', 'measured_range', 'doubts', 'like', 'memory_errors', 'score']
 
 # %% ../nbs/03f_verdict.ipynb #verdict-010
-MARGIN = {"h100-sxm": 0.01}      # of the capacity, within which we do not say; on other cards 3%
+KNOWN, ASSUMED = 0.01, 0.03      # how well a capacity is known: on a card that we measured, and on others
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,17 @@ def ends(m: Memory, room: int) -> str | None:
 def verdict(m: Memory) -> Verdict:
     """Whether a predicted step fits on its card, and how far that is to be trusted."""
     c, room = m.settings, capacity(m.settings.gpu)
-    share = MARGIN.get(c.gpu.name, 0.03)
-    low, high = (ends(m, round(room*(1 + side*share))) for side in (-1, 1))
-    found = doubts(c)
-    if high: return Verdict("out of memory", m.peak_any, room, high, found)
-    if low:
+    share = KNOWN if c.gpu.name in measured_range()["gpu"] else ASSUMED
+    found, least = doubts(c), round(room*(1 - share))
+    low = ends(m, least)
+    if low:                                         # with more room than that it may still fit
+        high = ends(m, round(room*(1 + share)))
+        if high: return Verdict("out of memory", m.peak_any, room, high, found)
         why = f"with {100*share:.0f}% less than what the process can probably have, {low}"
         return Verdict("too close to call", m.peak_any, room, why, found)
     if m.peak_any < 0.5*room:
         return Verdict("fits", m.peak_any, room, "the peak is below half the capacity", found)
-    tight = replayed(c, room).retries > 0 if c.strategy in REPLAYED else m.reserved > room
+    tight = replayed(c, least).retries > 0 if c.strategy in REPLAYED else m.reserved > room
     why = "the peak is below the capacity" + ("; the allocator has to give memory back on the way, which is slow" if tight else "")
     return Verdict("fits", m.peak_any, room, why, found)
 
@@ -59,19 +61,17 @@ def verdict(m: Memory) -> Verdict:
 def measured_range() -> dict[str, Any]:
     """What the measured training steps cover: values of each setting, and the largest of each size."""
     rows = [r for r in measurements() if r["kind"] == "train"]
-    values = {k: {r["settings"].get(k) for r in rows}
-              for k in ("precision", "optimizer", "attention", "checkpointing")}
-    values["strategy"] = {r["settings"].get("strategy", "single") for r in rows}
-    archs = {str(r["settings"]["model"]): arch(r["settings"]["model"]) for r in rows}
+    settings = [r["settings"] for r in rows]
+    archs = {str(s["model"]): arch(s["model"]) for s in settings}
     full = [archs[str(r["settings"]["model"])] for r in rows if r["group"] != "small"]
+    values = {k: {s.get(k) for s in settings} for k in ("precision", "optimizer", "attention")}
+    strategies = [s.get("strategy", "single") for s in settings]
     return values | {
+        "strategy": set(strategies), "offload": {(k, bool(s.get("offload"))) for k, s in zip(strategies, settings)},
         "model_type": {a.model_type for a in archs.values()}, "full size": {a.model_type for a in full},
-        "parameters": max(a.parameters for a in full), "seq": max(r["settings"]["seq"] for r in rows),
-        "batch": max(r["settings"]["batch"] for r in rows),
-                     "world_size": max(r["settings"].get("world_size", 1) for r in rows),
-        "offload": {(r["settings"].get("strategy", "single"), bool(r["settings"].get("offload")))
-                    for r in rows},
-        "gpu": {"h100-sxm"}, "versions": sorted({(r["provenance"]["torch"], r["provenance"]["transformers"]) for r in rows})}
+        "parameters": max(a.parameters for a in full), "seq": max(s["seq"] for s in settings),
+        "world_size": max(s.get("world_size", 1) for s in settings),
+        "gpu": {gpu(r["provenance"]["device"]).name for r in rows}}
 
 
 def doubts(c: Settings) -> tuple[str, ...]:
