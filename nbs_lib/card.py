@@ -20,8 +20,8 @@ MiB = 2**20
 __all__ = ['MiB', 'DTYPES', 'SIZES', 'COARSE', 'ALIGNED', 'OPTIMIZERS', 'TINY', 'gpu_seconds', 'needs_cuda', 'event_seconds',
            'product', 'product_sizes', 'matmuls', 'alignments', 'movers', 'norms', 'losses', 'lookups', 'moves',
            'attention', 'attentions', 'batched', 'batches', 'optimizers', 'tiny', 'hosts', 'host_key', 'host_model',
-           'host_call', 'of_a_block', 'host', 'host_seconds', 'gap', 'links', 'host_optimizers', 'collectives',
-           'sharded_hosts', 'several', 'rounded', 'measure_card']
+           'host_call', 'of_a_block', 'in_turns', 'host', 'host_seconds', 'gap', 'links', 'host_optimizers',
+           'collectives', 'sharded_hosts', 'several', 'rounded', 'measure_card']
 
 # %% ../nbs/04b_card.ipynb #card-006
 def gpu_seconds(fn: Callable[[], Any], budget: float = 0.002, repeats: int = 3) -> float:
@@ -349,6 +349,18 @@ def of_a_block(small: list[tuple], large: list[tuple], few: int, many: int) -> l
     blocks = [(ff - f)/(many - few), (bb - b)/(many - few)]
     return blocks + [max(0.0, f - few*blocks[0]), max(0.0, b - few*blocks[1])]
 
+
+def in_turns(calls: dict[str, list[Callable]], few: int, many: int, rounds: int) -> dict[str, list[float]]:
+    """of_a_block() of each pair of models, small and large: all take turns, `rounds` times after a first one."""
+    times: dict[str, tuple[list, list]] = {key: ([], []) for key in calls}
+    for number in range(rounds + 1):
+        for key, pair in calls.items():
+            for into, call in zip(times[key], pair):
+                call()
+                seen = call()
+                if number: into.append(seen)
+    return {key: of_a_block(*both, few, many) for key, both in times.items()}
+
 # %% ../nbs/04b_card.ipynb #card-041
 def host(device: str = "cuda", few: int = 2, many: int = 10, rounds: int = 7) -> dict[str, list[float]]:
     """{"llama bf16": [a block forward, a block backward, the ends forward, the ends backward], …}; and by
@@ -357,14 +369,7 @@ def host(device: str = "cuda", few: int = 2, many: int = 10, rounds: int = 7) ->
     calls = {host_key(*kind[:4], bool(kind[4])): [host_model(tiny(kind[0], n), *kind[1:], device)
                                                   for n in (few, many)]
              for kind in hosts()}
-    times: dict[str, tuple[list, list]] = {key: ([], []) for key in calls}
-    for number in range(rounds + 1):
-        for key, pair in calls.items():
-            for into, call in zip(times[key], pair):
-                call()
-                seen = call()
-                if number: into.append(seen)
-    out = {key: of_a_block(*both, few, many) for key, both in times.items()}
+    out = in_turns(calls, few, many, rounds)
     for name, build in OPTIMIZERS.items():
         parameters = [torch.randn(64, device=device, requires_grad=True) for _ in range(200)]
         for p in parameters: p.grad = torch.randn_like(p)
@@ -474,14 +479,7 @@ def sharded_hosts(rank: int, world: int, few: int = 2, many: int = 6,
         return m
     names = ("single", "ddp", "full_shard", "shard_grad_op")
     calls = {name: [host_call(model(name, n), "bf16") for n in (few, many)] for name in names}
-    times: dict[str, tuple[list, list]] = {name: ([], []) for name in names}
-    for number in range(rounds + 1):
-        for name, pair in calls.items():
-            for into, call in zip(times[name], pair):
-                call()
-                seen = call()
-                if number: into.append(seen)
-    found = {name: of_a_block(*both, few, many) for name, both in times.items()}
+    found = in_turns(calls, few, many, rounds)
     alone = found.pop("single")
     return {name: [max(0.0, x - y) for x, y in zip(own, alone)] for name, own in found.items()}
 
@@ -500,16 +498,14 @@ def _rank(rank: int, world: int, port: int, file: str) -> None:
 
 def several(world: int) -> dict[str, Any]:
     """collectives() and sharded_hosts() in `world` processes of this machine, one a GPU: what rank 0 saw."""
-    import socket
     import tempfile
 
+    from nbs_lib.course.ranks import free_port
+
     needs_cuda(world)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "found.json")
-        torch.multiprocessing.spawn(_rank, (world, port, file), world)
+        torch.multiprocessing.spawn(_rank, (world, free_port(), file), world)
         with open(file) as f: return json.load(f)
 
 # %% ../nbs/04b_card.ipynb #card-060
