@@ -65,3 +65,27 @@ def test_trust_comes_from_rows_that_are_like_it(asked):
     assert len(rows) >= 3 and {r["settings"].get("world_size", 1) for r in rows} == {c.world_size}
     median, worst = memory_errors(rows)
     assert 0 <= median <= worst < 3
+
+
+def test_the_readme_says_what_the_data_say():
+    """Every number in its paragraph on accuracy, computed from the rows."""
+    import re
+    import statistics
+
+    from conftest import ROOT
+    from nbs_lib.memory import predict_row
+    from nbs_lib.roofline import train_time
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = [r for r in measurements() if r["kind"] == "train" and r["group"] != "small"]
+    one, two = ([r for r in rows if (r["settings"].get("world_size", 1) > 1) == several] for several in (False, True))
+    e, f = (sorted(abs(predict_row(r, quick=True)["allocated"]) for r in found) for found in (one, two))
+    timed = [abs(100*(train_time(**r["settings"]).seconds/r["seconds"] - 1)) for r in rows if "seconds" in r]
+    held = sum(r["group"] == "held out" for r in one)
+    assert f"On {len(one)} measured training steps of full-size models on one H100 ({held} of them" in text
+    assert f"by {statistics.median(e):.2f}% in the median, by at most {e[int(0.95*len(e))]:.2f}% on 95 of 100 and by {e[-1]:.1f}% at worst" in text
+    assert f"on {len(two)} steps on two H100s under DDP and FSDP2 by {statistics.median(f):.2f}% in the median and {f[-1]:.1f}% at worst" in text
+    assert {"six": 6}[re.search(r"(\w+) that ran out of memory included", text)[1]] == len(measurements(out_of_memory=True))
+    assert f"Step time is off by {statistics.median(timed):.0f}% in the median on {len(timed)} steps" in text
+    misses = {off: max(x for x, r in zip(timed, [r for r in rows if "seconds" in r]) if bool(r["settings"]["offload"]) == off) for off in (False, True)}
+    assert f"where the host decides, by up to {misses[False]:.0f}%, and the one offloaded step by {misses[True]:.0f}%" in text
