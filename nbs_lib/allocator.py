@@ -179,16 +179,22 @@ def replay(model: dict, parameters: list[int], trained: list[int], other: list[i
     trained weight the optimizer keeps, and makes for a moment. fused: it also keeps a counter on the GPU for
     each.
     """
-    a, phases, reserved, at = Allocator(capacity), [], [], (0, "build")
-    walk = _walk(a, model, parameters, trained, other, kept, temporary, fused, T, s, workspace, accumulation, steps)
+    a = Allocator(capacity)
+    return _follow(_walk(a, model, parameters, trained, other, kept, temporary, fused, T, s, workspace, accumulation,
+                         steps), [a])
+
+
+def _follow(walk, streams: list[Allocator]) -> Replayed:
+    """Go through a walk, until its end or the memory's."""
+    phases, reserved, at, full = [], [], (0, "build"), False
     try:
         for number, phase, running in walk:
             at = number, phase
             if running is not None:
                 phases.append(running)
-                reserved.append(a.reserved)
-    except Full: return Replayed(tuple(phases), tuple(reserved), at, a.retries)
-    return Replayed(tuple(phases), tuple(reserved), None, a.retries)
+                reserved.append(sum(x.reserved for x in streams))
+    except Full: full = True
+    return Replayed(tuple(phases), tuple(reserved), at if full else None, sum(x.retries for x in streams))
 
 
 def _walk(a: Allocator, model: dict, parameters, trained, other, kept, temporary, fused, T, s, workspace,
@@ -357,15 +363,9 @@ def replay_sharded(model: dict, how: Sharding, other: list[int], kept: int, temp
 
     `reserved` is that of all streams together.
     """
-    device, phases, reserved, at = Device(), [], [], (0, "build")
-    try:
-        for number, phase, running in _walk_sharded(device, capacity, model, how, other, kept, temporary, fused, T, s, workspace, steps):
-            at = number, phase
-            if running is not None:
-                phases.append(running)
-                reserved.append(sum(x.reserved for x in device.streams))
-    except Full: return Replayed(tuple(phases), tuple(reserved), at, sum(x.retries for x in device.streams))
-    return Replayed(tuple(phases), tuple(reserved), None, sum(x.retries for x in device.streams))
+    device = Device()
+    walk = _walk_sharded(device, capacity, model, how, other, kept, temporary, fused, T, s, workspace, steps)
+    return _follow(walk, device.streams)
 
 # %% ../nbs/03c_allocator.ipynb #allocator-streams-6
 def _walk_sharded(device, capacity, model, how, other, kept, temporary, fused, T, s, workspace, steps):
