@@ -312,8 +312,10 @@ def test_replay_of_the_allocator_on_one_h100():
 @settings(max_examples=15, deadline=None)
 def test_replay_counts_at_least_what_is_asked_for(model, b, s, precision, ckpt):
     m = train_memory(model, b, s, precision, checkpointing=ckpt)
-    assert m.peak*0.999 <= m.replayed.peak <= m.reserved
-    assert m.replayed.peak <= m.peak + 300*2**20
+    asked = m.peak - m.terms.get("block rounding", 0)
+    assert asked <= m.replayed.peak <= m.reserved
+    # the closed form rounds the blocks of weights, states and gradients, the replay those of activations, too
+    assert abs(m.peak/m.replayed.peak - 1) < 0.05
 
 
 def test_inference_rows():
