@@ -284,13 +284,15 @@ def checked(ranks: int, backend: str | None) -> str:
     return backend
 
 
+MACHINERY = re.compile(r"^ *File .*(?:torch/distributed/c10d_logger|course/rank|course/lab_ranks)\.py.*\n(?: {4}.*\n)*\n?"
+                       r"|^ *(?:Cell In\[\d+\]|File <ipython.*?>), line \d+.*\n *__import__\('nbs_lib\.course\.rank'.*\n", re.M)
+
+
 def readable(traceback: Sequence[str]) -> str:
     """A rank's traceback without colours, and without the frames of this machinery."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
-    text = re.sub(r'^ *File .*torch/distributed/c10d_logger\.py.*\n(?: {4}.*\n)*\n?', "", text, flags=re.M)
-    text = re.sub(r'^ *File .*course/rank\.py.*\n(?: {4}.*\n)*', "", text, flags=re.M)
-    text = re.sub(r"^ *(?:Cell In\[\d+\]|File <ipython.*?>), line \d+.*\n *__import__\('nbs_lib\.course\.rank'.*\n", "", text, flags=re.M)
-    return re.sub(r"Cell In\[\d+\], line", "the cell, line", text).strip("\n")
+    text = MACHINERY.sub("", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback)))
+    text = re.sub(r"Cell In\[\d+\], line", "the cell, line", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
 def together(answers: Sequence[Answer]) -> list[str]:

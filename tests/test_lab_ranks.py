@@ -1,0 +1,83 @@
+"""Checks that run a learner's function on several ranks: what is right, what is wrong and why, and what waits for ever."""
+from __future__ import annotations
+
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.distributed as dist  # noqa: E402
+
+from nbs_lib.course.lab_ranks import OnRanks, close_worlds, fails, source_of  # noqa: E402
+
+
+def trial(f, size):
+    """Runs on each rank: the mean over ranks of a tensor that differs between them."""
+    x = torch.arange(float(size)) + 10*dist.get_rank()
+    return f(x)
+
+
+def mean(x):
+    dist.all_reduce(x)
+    return x/dist.get_world_size()
+
+
+def total(x):
+    dist.all_reduce(x)
+    return x
+
+
+def local(x):
+    return x
+
+
+@fails("Deadlock")
+def only_first(x):
+    if dist.get_rank() == 0:
+        dist.all_reduce(x)
+    return x/dist.get_world_size()
+
+
+@pytest.fixture(scope="module")
+def check():
+    yield OnRanks(mean, trial, [(total, "a sum, not yet a mean"), (local, "nothing was exchanged"), (only_first, "every rank must call it")],
+                  "the mean", cases=((3,), (5,)))
+    close_worlds()
+
+
+def test_the_solution_is_accepted_and_each_slip_has_its_reason(check):
+    assert check.judge(mean).ok
+    verdicts = [check.judge(f) for f in check.wrong]
+    assert not any(v.ok for v in verdicts)
+    assert verdicts[0].message == "a sum, not yet a mean" and verdicts[1].message == "nothing was exchanged"
+    assert "every rank must call it" in verdicts[2].message and "rank 0 waits in all_reduce" in verdicts[2].message and "dist.all_reduce(x)" in verdicts[2].message
+    assert check.judge(mean).ok, "after a deadlock there are new ranks"
+
+
+def test_other_mistakes_are_told_where_they_are(check):
+    def thrice(x):
+        dist.all_reduce(x)
+        return 3*x/dist.get_world_size()
+
+    def misspelt(x):
+        return dist.all_reduc(x)
+
+    def nothing(x):
+        dist.all_reduce(x)
+
+    def short(x):
+        return x[:1]
+
+    assert "each 3 times what it should be" in check.judge(thrice).message
+    assert "all_reduc" in (said := check.judge(misspelt).message) and "your function:2 in misspelt" in said and "course/" not in said
+    assert "is a `return` missing?" in check.judge(nothing).message
+    assert "it gives 1 numbers; there should be 3" in check.judge(short).message
+    for answer in (None, 3, "mean"):
+        assert "no function" in check.judge(answer).message
+    assert "made with def" in check.judge(lambda x: x).message
+    assert "cannot be found" in check.judge(os.getpid).message
+
+
+def test_a_functions_text_is_found_where_it_was_defined():
+    name, text = source_of(only_first)
+    assert name == "only_first" and text.startswith("def only_first(x):")
