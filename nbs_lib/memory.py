@@ -23,7 +23,7 @@ __all__ = ['MiB', 'GiB', 'PRECISIONS', 'STATES', 'SHARDED', 'ZERO', 'REPLAYED', 
            'buffer_bytes', 'adapter_tensors', 'optimizer_bytes', 'workspace', 'workspaces', 'Settings', 'whole',
            'one_of', 'flag', 'check_parallel', 'check_lora', 'settings', 'check_length', 'check_head', 'capacity',
            'Memory', 'resident', 'gradient_bytes', 'windowed', 'passes', 'moment', 'replicated', 'gathered',
-           'reducing_root', 'sharded', 'train_memory', 'replayed', 'replayed_streams', 'first_order_reserve',
+           'reducing_root', 'sharded', 'divided', 'train_memory', 'replayed', 'replayed_streams', 'first_order_reserve',
            'course_of', 'measurements', 'predict_row', 'estimator_table', 'base_buffers', 'InferenceMemory',
            'weight_bytes', 'prefill', 'split', 'inference_memory']
 
@@ -390,8 +390,7 @@ def moment(moments: list[Moment], T: int, s: int) -> tuple[int, dict[str, int]]:
 
 # %% ../nbs/03_memory.ipynb #memory-026
 def replicated(c: Settings, e: int) -> dict[str, dict[str, int]]:
-    """Terms at the highest moment of each phase, where each rank holds the whole model: single, ddp, zero1,
-    zero2.
+    """Terms at the highest moment of each phase, where each rank holds the whole model: single, ddp, zero1.
     """
     T, s, base, grads = c.batch*c.seq, c.seq, resident(c, e), {"gradients": gradient_bytes(c, e)}
     p = passes(c)
@@ -450,8 +449,7 @@ def reducing_root(c: Settings, e: int) -> int:
 
 
 def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
-    """Terms at the highest moment of each phase under FSDP2 (and zero3): gathered parameters, and gradients
-    that are shards.
+    """Terms at the highest moment of each phase under FSDP2: gathered parameters, and gradients that are shards.
     """
     T, s, a, N, p = c.batch*c.seq, c.seq, c.model, c.ranks, passes(c)
     base, products = resident(c, e), PRECISIONS[c.precision][1]
@@ -472,6 +470,52 @@ def sharded(c: Settings, e: int) -> dict[str, dict[str, int]]:
     best["step"] = _add(base, grads, {"optimizer temporaries": temporary})
     return best
 
+# %% ../nbs/03_memory.ipynb #memory-028b
+def divided(c: Settings, e: int) -> dict[str, dict[str, int]]:
+    """Terms at the highest moment of each phase under zero2 and zero3 (chapter 6a). A block's gradients are laid out
+    for a reduce-scatter when the last of them is there, and what is laid out lives until the next block's are; a
+    parameter of the root goes by itself. zero3: the root's parameters are gathered all through a pass, a block's
+    while it works, none ahead.
+    """
+    T, s, a, N, L, p = c.batch*c.seq, c.seq, c.model, c.ranks, c.model.layers, passes(c)
+    base, products = resident(c, e), PRECISIONS[c.precision][1]
+    three = c.strategy == "zero3"
+    made = products if three else e                                # bytes of a number of a whole gradient
+    block, embedding = a.layer_parameters, a.vocab*a.hidden
+    head = 0 if a.tied else embedding
+    shard, row = -(-block//N)*e, -(-embedding//N)*e
+    earlier = gradient_bytes(c, e) if c.accumulation > 1 else 0    # shards of the micro-batches before
+    root = (a.parameters - L*block)*products*three
+
+    def shards(done: int, headless: bool) -> int:
+        return earlier or done*shard + (row if head and headless else 0)
+
+    best: dict[str, dict[str, int]] = {}
+
+    def offer(phase: str, *parts: dict[str, int]) -> None:
+        best[phase] = max(best.get(phase, {}), _add(base, *parts), key=_total)
+
+    for place, lists in p.places.items():
+        for done, moments in lists:
+            terms, back = moment(moments, T, s)[1], place[0] == "b"
+            here = {"unsharded": root + (block*products if three and place[1] in "012" else 0)}
+            if back:
+                later = place != "bH"
+                terms["gradients"] += shards(done, later) - done*block*made - (head*made if later else 0)
+                here["reduce buffers"] = (block*e + bool(earlier)*shard) if place in ("b1", "b0", "bE") else 0
+            elif earlier: terms["gradients"] = terms.get("gradients", 0) + earlier
+            offer("backward" if back else "forward", terms, here)
+    for done, waiting in ((0, L - 1), (L - 1, 0)):                 # the first block's gradients, and the last one's
+        kept = by_category(tuple(waiting*x for x in p.kept), T, s)
+        kept["gradients"] = kept.get("gradients", 0) + shards(done, True) + block*made
+        offer("backward", kept, {"unsharded": root + block*products*three, "reduce buffers": block*e + shard})
+    copied = embedding*e*(made != e)
+    offer("backward", {"gradients": shards(L, True) + embedding*made, "unsharded": root,
+                       "reduce buffers": row + copied})             # the embedding's, the last of all
+    grads = {"gradients": gradient_bytes(c, e)}
+    best["step"] = _add(base, grads, {"optimizer temporaries": optimizer_bytes(a, c.optimizer, e, N)[1]})
+    return best
+
 # %% ../nbs/03_memory.ipynb #memory-030
 def train_memory(model: Any, batch: int, seq: int, precision: str = "bf16", optimizer: str = "adamw",
                  checkpointing: bool = False, attention: str = "sdpa", accumulation: int = 1,
@@ -486,7 +530,8 @@ def train_memory(model: Any, batch: int, seq: int, precision: str = "bf16", opti
     c = settings(model, batch, seq, precision, optimizer, checkpointing, attention, accumulation, strategy,
                  world_size, shard_size, offload, lora_rank, gpu)
     e = PRECISIONS[precision][0]
-    own = sharded(c, e) if strategy in (*SHARDED, "zero3") else replicated(c, e)
+    how = sharded if strategy in SHARDED else divided if strategy in ("zero2", "zero3") else replicated
+    own = how(c, e)
     running, phases, at = 0, {}, "forward"
     for phase in ("forward", "backward", "step"):
         total = _total(own[phase])

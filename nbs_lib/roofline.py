@@ -169,8 +169,8 @@ BUCKET = 25*MiB     # of DDP
 
 def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
     """As on one GPU, but gradients are copied into buckets and all-reduced as soon as one is full, while
-    backward goes on; then copied back. zero1 and zero2: likewise, and all parameters are gathered after the
-    step.
+    backward goes on; then copied back. zero1 and zero2: likewise (scaled or laid out instead of copied; nothing
+    comes back; zero2 scatters those of every micro-batch), and all parameters are gathered after the step.
     """
     e, L = PRECISIONS[c.precision][0], c.model.layers
     block, rest = block_bytes(c.model, e)
@@ -182,7 +182,7 @@ def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
         waiting = 0
         for done, size in [("b1", block)]*L + [("bE", rest)]:
             play(clock, p.get(done, []))
-            if not last: continue
+            if not (last or c.strategy == "zero2"): continue
             copied(clock, on, e, size)
             waiting += size
             while waiting >= BUCKET or (waiting and done == "bE"):
@@ -191,13 +191,13 @@ def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
                 clock.send(on.collective(collective, c.world_size, part), clock.device)
                 waiting -= part
     clock.wait()
-    copied(clock, on, e, block*L + rest)
+    if c.strategy == "ddp": copied(clock, on, e, block*L + rest)
 
 # %% ../nbs/04_roofline.ipynb #roof-020
 def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
     """FSDP2: a block's parameters are gathered while the block before it works, and its gradients are
     scattered while the next one works. offload: each shard comes from the host's memory first, and its
-    gradient goes back there.
+    gradient goes back there. zero3: nothing is gathered ahead, and every micro-batch's gradients are scattered.
     """
     (weight, products), L, ranks = PRECISIONS[c.precision], c.model.layers, c.ranks
     to, back = (on.measured["links"][f"to {where}, pinned"] for where in ("device", "host"))
@@ -221,12 +221,13 @@ def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
         for place, size in forward + backward:
             gathered = size if place in ("fE", "f1", "bH") or place == "b1" and again else 0
             if gathered:
-                clock.send(gather(gathered), began)              # one ahead: since the block before began
+                # one ahead: since the block before began
+                clock.send(gather(gathered), clock.device if c.strategy == "zero3" else began)
                 clock.wait()
                 copied(clock, on, products, gathered*products)
             began = clock.device
             play(clock, p.get(place, []))
-            if last and place in ("b1", "bE"):
+            if (last or c.strategy == "zero3") and place in ("b1", "bE"):
                 copied(clock, on, weight, size*weight)
                 clock.send(scatter(size), clock.device)
     clock.wait()

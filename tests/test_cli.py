@@ -102,6 +102,61 @@ def test_fit_with_ones_own_config_json(tmp_path):
     assert mine["parameters"] == known["parameters"] and mine["peak"] == known["peak"]
 
 
+FIT = ["fit", "llama-3.2-1b", "--gpu", "h100-sxm", "--gpus", "2", "--seq", "512"]
+
+
+def test_fit_writes_the_config_of_the_plan_and_never_over_a_file(tmp_path):
+    import yaml
+
+    path = tmp_path / "accelerate.yaml"
+    run = nbs(*FIT, "--strategy", "shard_grad_op", "--precision", "amp_bf16", "--write", path)
+    assert run.returncode == 0, run.stderr
+    assert f"accelerate launch --config_file {path} train.py" in run.stdout and "reduces gradients in bf16" in " ".join(run.stdout.split())
+    values = yaml.safe_load(path.read_text())
+    assert (values["distributed_type"], values["num_processes"], values["fsdp_config"]["fsdp_reshard_after_forward"]) == ("FSDP", 2, False)
+    before = path.read_bytes()
+    again = nbs(*FIT, "--strategy", "ddp", "--write", path)
+    assert again.returncode == 2 and not again.stdout and "FSDP, 2 processes" in again.stderr and "--force" in again.stderr
+    assert path.read_bytes() == before
+    assert nbs(*FIT, "--strategy", "ddp", "--write", path, "--force").returncode == 0
+    assert yaml.safe_load(path.read_text())["distributed_type"] == "MULTI_GPU"
+
+
+def test_fit_writes_the_cheapest_change_that_fits_unless_a_strategy_was_asked_for(tmp_path):
+    import yaml
+
+    tight = ["fit", "llama-3-8b", "--gpu", "h100-sxm", "--gpus", "8", "--seq", "8192", "--precision", "amp_bf16", "--json", "--write"]
+    answer = json.loads(nbs(*tight, tmp_path / "a.yaml").stdout)
+    assert not answer["fits"] and answer["ways_out"][0]["options"] == "--checkpointing" and "checkpointing" in answer["written_for"]
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text())["fsdp_config"]["fsdp_activation_checkpointing"] is True
+    asked = json.loads(nbs(*tight, tmp_path / "b.yaml", "--strategy", "full_shard").stdout)
+    assert "checkpointing" not in asked["written_for"] and (tmp_path / "b.yaml").exists()
+    hopeless = nbs("fit", "llama-3-70b", "--gpu", "h100-sxm", "--gpus", "2", "--precision", "fp32", "--seq", "32000", "--write", tmp_path / "c.yaml")
+    assert hopeless.returncode == 1 and "was not written" in hopeless.stdout and not (tmp_path / "c.yaml").exists()
+
+
+def test_fit_writes_deepspeeds_json_and_several_machines(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    run = nbs(*FIT, "--strategy", "zero2", "--batch", "3", "--accumulation", "2", "--nodes", "2", "--main-ip", "node-0", "--write", path)
+    assert run.returncode == 0, run.stderr
+    values = json.loads(path.read_text())
+    assert values["train_batch_size"] == 12 and values["zero_optimization"] == {"stage": 2} and values["gradient_clipping"] == 0
+    assert "on machine 1: torchrun --nnodes=2 --nproc-per-node=1" in run.stdout
+
+
+@pytest.mark.parametrize("more,word", [
+    (["--write", "a.toml"], "FILE.yaml"), (["--write", "nowhere/a.yaml"], "nowhere"), (["--write", "folder.yaml"], "folder"),
+    (["--write", "a.yaml", "--nodes", "2"], "main_ip"), (["--write", "a.yaml", "--nodes", "3", "--main-ip", "x"], "nodes is 3"),
+    (["--write", "a.yaml", "--main-port", "99999"], "port"), (["--force"], "--write"),
+    (["--write", "a.json", "--strategy", "hybrid_shard", "--shard-size", "2"], "hybrid_shard"),
+], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_what_cannot_be_written_is_a_sentence(tmp_path, more, word):
+    (tmp_path / "folder.yaml").mkdir()
+    run = nbs(*FIT, *more, cwd=tmp_path)
+    assert run.returncode == 2 and word in run.stderr and "Traceback" not in run.stderr and not run.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.yaml"]
+
+
 def fake_smi(folder: Path, line: str) -> str:
     """A PATH on which nvidia-smi says `line`."""
     folder.mkdir()

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
-from nbs_lib.course.lab_ranks import OnRanks, close_worlds, fails, source_of  # noqa: E402
+from nbs_lib.course.lab_ranks import OnRanks, changed, close_worlds, fails, lab_world, run_in, source_of  # noqa: E402
 
 
 def trial(f, size):
@@ -81,3 +81,22 @@ def test_other_mistakes_are_told_where_they_are(check):
 def test_a_functions_text_is_found_where_it_was_defined():
     name, text = source_of(only_first)
     assert name == "only_first" and text.startswith("def only_first(x):")
+
+
+def test_slips_that_are_the_solution_but_for_one_thing():
+    twice = changed(mean, "x/dist", "2*x/dist")
+    assert source_of(twice) == ("mean", source_of(mean)[1].replace("x/dist", "2*x/dist")) and not hasattr(twice, "fails")
+    assert changed(twice, "2*x", "3*x", "Deadlock").fails == "Deadlock"
+    with pytest.raises(ValueError, match="not in the text of mean"):
+        changed(mean, "dist.broadcast", "")
+
+
+def test_a_function_of_a_cell_runs_on_ranks_and_the_checks_own_functions_run_once(check):
+    world = lab_world(2, "gloo")
+    thrice = changed(mean, "x/dist", "3*x/dist")
+    assert [x.tolist() for x in run_in(world, trial, thrice, 3)] == [[15.0, 18.0, 21.0]]*2
+    counting, runs = OnRanks(mean, trial, [(total, "a sum"), (thrice, "three times")], "the mean", cases=((3,),), backend="gloo"), []
+    world_run, world.run = world.run, lambda *a: runs.append(a) or world_run(*a)
+    assert counting.judge(thrice).message == "three times" and len(runs) == 4
+    assert counting.judge(thrice).message == "three times" and len(runs) == 5
+    assert lab_world(2, "gloo") is world

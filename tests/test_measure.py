@@ -79,7 +79,7 @@ def test_a_model_that_is_laid_down_is_whole(config):
 
 @pytest.fixture(scope="module")
 def server():
-    with Server(["LlamaForCausalLM", "GPT2LMHeadModel"], ["torch.distributed.fsdp", "torch._dynamo"]) as s:
+    with Server(["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"], ["torch.distributed.fsdp", "torch._dynamo", "nbs_lib.zero"]) as s:
         yield s
 
 
@@ -105,7 +105,9 @@ def expected(ranks: int, accumulation: int = 1, lr: float = 0.5) -> list[list[fl
 @pytest.mark.parametrize("changed", [
     dict(), dict(accumulation=3), dict(strategy="ddp", world_size=2), dict(strategy="ddp", world_size=2, accumulation=2), dict(strategy="full_shard", world_size=2),
     dict(strategy="full_shard", world_size=2, accumulation=2), dict(strategy="shard_grad_op", world_size=2), dict(strategy="full_shard", world_size=2, offload=True, checkpointing=True),
-    dict(strategy="hybrid_shard", world_size=4, shard_size=2), dict(strategy="full_shard", world_size=1)], ids=lambda c: "-".join(map(str, c.values())) or "single")
+    dict(strategy="hybrid_shard", world_size=4, shard_size=2), dict(strategy="full_shard", world_size=1),
+    dict(strategy="zero1", world_size=2), dict(strategy="zero1", world_size=2, accumulation=2), dict(strategy="zero2", world_size=2, accumulation=2),
+    dict(strategy="zero2", world_size=4), dict(strategy="zero3", world_size=4), dict(strategy="zero3", world_size=2, accumulation=2, checkpointing=True)], ids=lambda c: "-".join(map(str, c.values())) or "single")
 def test_every_strategy_trains_as_one_process_with_all_batches_would(server, changed):
     ranks = server.run(job(**changed), 60)
     assert len(ranks) == changed.get("world_size", 1)
@@ -114,7 +116,8 @@ def test_every_strategy_trains_as_one_process_with_all_batches_would(server, cha
 
 
 @pytest.mark.parametrize("changed", [dict(precision="amp_bf16"), dict(precision="amp_bf16", strategy="full_shard", world_size=2), dict(precision="bf16", optimizer="adamw_fused"),
-                                     dict(precision="bf16", lora_rank=4, checkpointing=True), dict(model=TINY_GPT2, strategy="full_shard", world_size=2, optimizer="adamw", lr=1e-3)],
+                                     dict(precision="bf16", lora_rank=4, checkpointing=True), dict(precision="amp_bf16", strategy="zero3", world_size=2, optimizer="adamw_fused"),
+                                     dict(precision="amp_bf16", strategy="zero2", world_size=2, model=TINY_GPT2), dict(precision="bf16", strategy="zero3", world_size=2, model=TINY_BERT), dict(model=TINY_GPT2, strategy="full_shard", world_size=2, optimizer="adamw", lr=1e-3)],
                          ids=lambda c: "-".join(str(v) for v in c.values() if not isinstance(v, dict)))
 def test_other_settings_run(server, changed):
     for r in server.run(job(**changed), 60):
@@ -262,7 +265,7 @@ def test_a_full_rank_is_the_rows_result(server):
 @pytest.mark.parametrize("entry", [
     dict(model="gpt2", batch=2, seq=64), dict(model="llama-3-8b", precision="amp_bf16", optimizer="adamw_fused", checkpointing=True, strategy="hybrid_shard", world_size=4, shard_size=2, offload=True),
     dict(model=TINY, batch=3, seq=8, attention="eager", accumulation=2, lora_rank=4), dict(kind="inference", model="llama-3.2-1b", batch=4, precision="fp32"),
-    dict(model="gpt2", strategy="full_shard", world_size=1)])
+    dict(model="gpt2", strategy="full_shard", world_size=1), dict(model="gpt2", strategy="zero3", world_size=2)])
 def test_the_command_of_a_row_repeats_it(entry):
     kind, c = measure.complete(entry)
     line = shlex.split(measure.command(kind, c))
@@ -270,7 +273,7 @@ def test_the_command_of_a_row_repeats_it(entry):
     assert measure.complete(measure.entry_of(parser().parse_args(line[1:]))) == (kind, c)
 
 
-@pytest.mark.parametrize("entry,word", [(dict(model="gpt2", strategy="zero2", world_size=2), "sharding lesson"), (dict(model="gpt2", sec=8), "'sec'"), (dict(batch=2), "model is missing"),
+@pytest.mark.parametrize("entry,word", [(dict(model="gpt2", strategy="zero2", world_size=2, offload=True), "offload"), (dict(model="gpt2", sec=8), "'sec'"), (dict(batch=2), "model is missing"),
                                         (dict(kind="inference", model="gpt2", precision="int8"), "'fp32' and 'bf16'"), (dict(kind="inference", model="gpt2", kv_precision="fp8"), "kv_precision"),
                                         (dict(kind="dance", model="gpt2"), "'inference'"), (dict(model="gpt2", world_size=2), "world_size")])
 def test_what_cannot_be_measured_is_refused(entry, word):

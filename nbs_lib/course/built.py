@@ -10,6 +10,7 @@ from typing import Any, Iterator
 from ..models import Arch
 
 SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")
+ZERO = ("zero1", "zero2", "zero3")
 LEARNING_RATE = 1e-5
 
 
@@ -120,9 +121,13 @@ def lay_down(model: Any, device: str, exact: bool = False) -> None:
                     _draw(new, name, exact)
                     done[id(p)] = done[id(new)] = new
                 module._parameters[name] = done.get(id(p), p)
-            for name, b in module._buffers.items():
-                if b is not None and device != "cpu":
-                    module._buffers[name] = b.to(device)
+            _move_buffers(module, device)
+
+
+def _move_buffers(module: Any, device: str) -> None:
+    for name, b in module._buffers.items():
+        if b is not None and device != "cpu":
+            module._buffers[name] = b.to(device)
 
 
 def _draw(p: Any, name: str, exact: bool) -> None:
@@ -180,15 +185,51 @@ def shard(model: Any, strategy: str, precision: str, offload: bool, shard_size: 
     fully_shard(model, **options)
 
 
+def divide(a: Arch, c: dict[str, Any], device: str, lr: float) -> Any:
+    """The course's own ZeRO (nbs_lib.zero) of the stage that the settings name; it stands where the optimizer does, and its `model` is the model."""
+    import torch
+
+    from .. import zero
+
+    model = hollow(a, "bfloat16" if c["precision"] == "bf16" else "float32", c["attention"])
+    how: dict[str, Any] = dict(optimizer=lambda parameters: optimizer(c["optimizer"], parameters, lr))
+    if c["strategy"] == "zero3":  # divided while it is on the meta device: no rank ever holds all of it
+        for module in model.modules():
+            _move_buffers(module, device)
+        model = _equip(model, c["checkpointing"], None)
+        z = zero.Zero3(model, blocks=blocks(model), dtype=torch.bfloat16 if c["precision"] == "amp_bf16" else None, device=device, **how)
+        fill(z, exact=device == "cpu")
+    else:
+        lay_down(model, device)
+        model = _equip(model, c["checkpointing"], None)
+        z = (zero.Zero1 if c["strategy"] == "zero1" else zero.Zero2)(model, blocks=blocks(model), **how)
+    _tidy(device)
+    return z
+
+
+def fill(z: Any, exact: bool) -> None:
+    """Draw the numbers of a model that ZeRO-3 has divided on the meta device, as `lay_down` does. `exact`: those that the whole model would get."""
+    import torch
+
+    pieces = {id(p.shard): p for p in z.pieces}
+    with torch.no_grad():
+        for module in _in_order(z.model):
+            for name, shard in module._parameters.items():
+                if (p := pieces.pop(id(shard), None)) is None:  # none, or tied and drawn already
+                    continue
+                if p.whole.dim() < 2 or not exact:
+                    _draw(shard.view(-1, 1) if p.whole.dim() > 1 else shard, name, exact=False)
+                else:
+                    whole = torch.empty(p.whole.shape, dtype=shard.dtype)
+                    _noise(whole)
+                    shard.copy_(whole.flatten()[z.rank * p.part:][:shard.numel()])
+
+
 def make(a: Arch, c: dict[str, Any], device: str, rank: int) -> Any:
     """The model that the settings `c` (train_memory's arguments) describe, laid down on `device`, ready for its strategy's steps.
 
-    device: "cuda" (this process's current one) or "cpu". A process group must be there, but for strategy "single".
+    device: "cuda" (this process's current one) or "cpu". A process group must be there, but for strategy "single". ZeRO: see `divide`.
     """
-    import gc
-
-    import torch
-
     model = hollow(a, "bfloat16" if c["precision"] == "bf16" else "float32", c["attention"])
     if c["strategy"] in SHARDED:
         model = _equip(model, c["checkpointing"], None)
@@ -202,11 +243,20 @@ def make(a: Arch, c: dict[str, Any], device: str, rank: int) -> Any:
             from torch.nn.parallel import DistributedDataParallel
 
             model = DistributedDataParallel(model, device_ids=[rank] if device == "cuda" else None)
+    _tidy(device)
+    return model
+
+
+def _tidy(device: str) -> None:
+    """Give back what building has left."""
+    import gc
+
+    import torch
+
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    return model
 
 
 def optimizer(name: str, parameters: Any, lr: float = LEARNING_RATE) -> Any:

@@ -60,6 +60,11 @@ def parser() -> Parser:
     _step_options(fit)
     fit.add_argument("--gpu", help="the card (default: the one in this machine, else h100-sxm)")
     fit.add_argument("--json", action="store_true", help="the answer as JSON")
+    fit.add_argument("--write", type=Path, metavar="FILE", help="write a config for the plan: accelerate's (FILE.yaml) or DeepSpeed's (FILE.json)")
+    fit.add_argument("--force", action="store_true", help="--write: replace a file that is there")
+    fit.add_argument("--nodes", type=whole, default=1, metavar="N", help="--write: machines that the GPUs are in (default: 1)")
+    fit.add_argument("--main-ip", metavar="HOST", help="--write: address of the first of several machines")
+    fit.add_argument("--main-port", type=whole, default=29500, metavar="PORT", help="--write: port there (default: %(default)s)")
 
     measure = commands.add_parser("measure", help="run the real step on this machine's GPUs and set it beside the prediction",
                                   description="Run real training steps (random weights, no download) in processes of their own, one for each GPU, and set them beside the prediction.")
@@ -129,8 +134,12 @@ def run_fit(args) -> int:
     import gc
 
     from .. import hardware, memory, models, roofline, verdict
-    from .fit import smallest_world, ways_out
+    from .fit import recommended, smallest_world, ways_out, writable, write
 
+    if args.write:
+        writable(args.write, args.force)
+    elif args.force or args.nodes > 1 or args.main_ip:
+        raise BadInput("--force, --nodes and --main-ip say how to --write FILE; without it they have nothing to do")
     gc.disable()  # a short-lived process that makes many small objects and no cycles that matter
     model = models.arch(args.model)
     here = [] if args.gpu else hardware.detect()
@@ -147,8 +156,11 @@ def run_fit(args) -> int:
     out = [] if fits else ways_out(model, card, settings)
     world = None if fits else smallest_world(model, card, settings)
     t = roofline.train_time(model, **settings, gpu=card)
+    written = None
+    if args.write and (new := recommended(settings, fits, out, asked=args.strategy is not None)):
+        written = write(args.write, model, card, new, fits or new != settings, args.nodes, args.main_ip, args.main_port)
     if args.json:
-        print(json.dumps({
+        print(json.dumps({**({"written": written and str(written.path), "written_for": written and written.title, "commands": written and written.commands, "notes": written and written.notes} if args.write else {}),
             "model": model.name, "parameters": model.parameters, "gpu": card.name, "settings": settings, "fits": fits, "verdict": v.answer,
             "why": v.why, "capacity": v.room, "not_measured": list(v.doubts),
             "peak": m.peak, "peak_any": m.peak_any, "reserved": m.reserved, "phases": dict(m.phases), "terms": dict(m.terms),
@@ -157,6 +169,8 @@ def run_fit(args) -> int:
             "seconds_by_term": t.terms, "basis": t.basis}, indent=1))
     else:
         _print_fit(model, card, settings, m, v, t, out, world)
+        if args.write:
+            _print_written(written, args.write)
     return 0 if fits else 1
 
 
@@ -202,6 +216,17 @@ def _print_fit(model, card, settings, m, v, t, out, world) -> None:
         console.print("\nNo set of up to three changes on this card makes it fit.")
     if world:
         console.print(f"\nOr more cards: --gpus {world} --strategy full_shard, otherwise as it is.")
+
+
+def _print_written(written, path) -> None:
+    """What was written, how to run it, and what it cannot say."""
+    if written is None:
+        print(f"\n{path} was not written: no plan for these GPUs fits. With --strategy it is written for the plan asked for.")
+        return
+    print(f"\nWritten: {written.path}, for {written.title}" + ("." if written.fits else ", which is not sure to fit."))
+    for i, command in enumerate(written.commands):
+        print(f"  {command}" if len(written.commands) == 1 else f"  on machine {i}: {command}")
+    print("Not in that file:", *(f"- {note}" for note in written.notes), sep="\n  ")
 
 
 def _trust(v, t) -> str:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..hardware import GPU
 from ..memory import Memory, train_memory
@@ -113,3 +115,52 @@ def smallest_world(model, card: GPU, settings: dict) -> int | None:
             except ValueError:
                 return None
     return None
+
+
+# --- --write --------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Written:
+    """A launcher's file that was written: the plan in a line, whether it surely fits, what to type, what the file cannot say."""
+
+    path: Path
+    title: str
+    fits: bool
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def recommended(settings: dict, fit: bool, out: list[WayOut], asked: bool) -> dict | None:
+    """The settings to write: these if they fit or their strategy was asked for, else with the cheapest change; None if there is none."""
+    if fit or asked:
+        return settings
+    return {**settings, **{k: v for change in out[0].changes for k, v in change.settings}} if out else None
+
+
+def writable(path: Path, force: bool) -> None:
+    """Refuse a name that says no format, a folder that is not there, and a file that is. ValueError with a sentence."""
+    from ..launch import describe
+
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"--write is {str(path)!r}; accepted are FILE.yaml (accelerate) and FILE.json (DeepSpeed).")
+    if not path.parent.is_dir():
+        raise ValueError(f"--write is {str(path)!r}; there is no folder {str(path.parent)!r}.")
+    if path.is_dir():
+        raise ValueError(f"--write is {str(path)!r}, which is a folder; accepted is a file.")
+    if os.path.lexists(path) and not force:
+        there = describe(path) if path.exists() else "a link that leads nowhere"
+        raise ValueError(f"{path} is there already ({there}); it was left as it is. --force replaces it.")
+
+
+def write(path: Path, model, card: GPU, settings: dict, fit: bool, nodes: int, main_ip: str | None, port: int) -> Written:
+    """Write the launcher's file for these settings. ValueError where its format cannot say them; then nothing is written."""
+    from .. import launch
+
+    plan = train_memory(model, **settings, gpu=card).settings
+    make = launch.deepspeed_config if path.suffix == ".json" else launch.accelerate_config
+    config = make(plan, nodes=nodes, main_ip=main_ip, port=port)
+    try:
+        path.write_text(launch.text(config, str(path)))
+    except OSError as e:
+        raise ValueError(f"--write is {str(path)!r}, which cannot be written: {e.strerror}.") from None
+    return Written(path, launch.title(plan), fit, tuple(launch.commands(config, str(path))), config.notes)

@@ -61,9 +61,6 @@ def _measurable(kind: str, c: dict[str, Any]) -> None:
             raise ValueError(f"kv_precision is {c['kv_precision']!r}; transformers' own cache, which is measured, has the model's precision, {c['precision']!r}.")
         if c["world_size"] != 1:
             raise ValueError(f"world_size is {c['world_size']}; inference is measured on one GPU.")
-    elif c["strategy"] in ZERO:
-        raise ValueError(f"strategy is {c['strategy']!r}, which is predicted but not measured yet: the sharding lesson will bring its code. "
-                         f"Measured are 'single', 'ddp', {', '.join(map(repr, SHARDED))}.")
     elif c["optimizer"] == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer is 'adamw_8bit', which needs bitsandbytes, and it is not installed here (pip install bitsandbytes).")
 
@@ -152,6 +149,7 @@ class Bench:
             settings = [c for _, c in self._rows]
             libraries = ["torch._dynamo", "torch.utils.checkpoint"]
             libraries += ["torch.distributed.fsdp"] if any(c.get("strategy") in SHARDED for c in settings) else []
+            libraries += ["nbs_lib.zero"] if any(c.get("strategy") in ZERO for c in settings) else []
             libraries += ["peft"] if any(c.get("lora_rank") for c in settings) else []
             self._server = Server(sorted({arch(c["model"]).architecture for c in settings}), libraries)
         return self._server

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from ..models import arch
-from .built import LEARNING_RATE, SHARDED, hollow, lay_down, make, optimizer
+from .built import LEARNING_RATE, SHARDED, ZERO, divide, hollow, lay_down, make, optimizer
 
 STEADY = 3        # the first two steps are unlike the rest; the third is the steady one that is predicted
 AFTER = {"forward": "backward", "backward": "step", "step": "forward"}
@@ -38,13 +38,18 @@ class Step:
 
         c = self.c
         torch.manual_seed(0)
-        self.net = make(self.a, c, self.device, self.rank)
+        lr = self.job.get("lr", LEARNING_RATE)
+        if c["strategy"] in ZERO:
+            self.optimizer = divide(self.a, c, self.device, lr)
+            self.net = self.optimizer.model
+        else:
+            self.net = make(self.a, c, self.device, self.rank)
+            self.optimizer = optimizer(c["optimizer"], self.net.parameters(), lr)
         tokens = torch.Generator().manual_seed(self.rank)
         self.x = torch.randint(0, self.a.vocab, (c["batch"], c["seq"]), generator=tokens).to(self.device)
-        self.optimizer = optimizer(c["optimizer"], self.net.parameters(), self.job.get("lr", LEARNING_RATE))
         self.scaler = torch.amp.GradScaler(self.device, enabled=c["precision"] == "amp_fp16")
         low = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(c["precision"])
-        self.low = None if c["strategy"] in SHARDED else low  # FSDP2's policy casts, where it shards
+        self.low = None if c["strategy"] in (*SHARDED, "zero3") else low  # where parameters are gathered, they are gathered in 16 bits
         self.at = "forward"
 
     def passes(self, mark) -> None:
@@ -74,7 +79,15 @@ class Step:
         """While more micro-batches follow, gradients stay on this rank."""
         if self.c["strategy"] in SHARDED and self.c["accumulation"] > 1:
             self.net.set_requires_gradient_sync(not more)
-        return self.net.no_sync() if more and self.c["strategy"] == "ddp" else contextlib.nullcontext()
+        waits = {"ddp": self.net, "zero1": self.optimizer}.get(self.c["strategy"])  # zero2 and zero3 keep no whole gradients
+        return waits.no_sync() if more and waits else contextlib.nullcontext()
+
+    @property
+    def parameters(self) -> int:
+        """How many the whole model has."""
+        if self.c["strategy"] in ZERO:
+            return sum(p.whole.numel() for p in self.optimizer.pieces)
+        return sum(p.numel() for p in self.net.parameters())
 
     def after(self, phase: str, mark) -> None:
         mark(phase)
@@ -167,7 +180,7 @@ def _train(step: Step, store: Any) -> dict:
             "first": {k: p[0] for k, p in steps[0].items()}, "peak_any": max(*peaks, later), "peaks": [*peaks, later], "reserved": gauge.reserved,
             "driver_used": total - free, "context": total - free - cuda.memory_reserved(), "seconds": statistics.median(timed), "timed": timed, "first_seconds": seconds[0],
             "loss": {"first": losses[0], "last": float(step.loss.detach())}, "start": starts[-1], "built": built,
-            "parameters": sum(p.numel() for p in step.net.parameters()), "retries": cuda.memory_stats()["num_alloc_retries"], "provenance": provenance(step.c)}
+            "parameters": step.parameters, "retries": cuda.memory_stats()["num_alloc_retries"], "provenance": provenance(step.c)}
 
 
 def _timed(step: Step, store: Any) -> list[float]:
@@ -313,7 +326,7 @@ def rehearse(job: dict, rank: int, store: Any) -> dict:
         if not full(e):
             raise
         return {"oom": {"oom": str(e)[:400], "at": step.at, "step": step.number, "rank": rank}, "provenance": provenance(step.c)}
-    return {"losses": losses, "held": job.get("held"), "parameters": sum(p.numel() for p in step.net.parameters()), "provenance": provenance(step.c)}
+    return {"losses": losses, "held": job.get("held"), "parameters": step.parameters, "provenance": provenance(step.c)}
 
 
 RUN = {"train": train, "inference": infer, "cpu": rehearse}

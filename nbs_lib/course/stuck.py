@@ -1,16 +1,15 @@
-"""Whether ranks only wait for each other, and where: read from their Python stacks, which they write when asked by a signal."""
+"""Whether ranks only wait for each other, and where: read from their Python stacks, which they write when asked."""
 from __future__ import annotations
 
+import json
 import linecache
-import re
-import signal
+import os
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 IN_CELL = "/ipykernel_"  # of the file name that ipykernel gives a cell
 NOT_OWN = ("/ipykernel", "/IPython/", "/asyncio/", "/tornado/", "/torch/", "/course/rank.py", "/threading.py", "<frozen")
 Frames = tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
@@ -49,7 +48,7 @@ class Stuck:
         if now < self.next:
             return None
         self.next = now + self.patience/8
-        stacks = {r: stack(processes[r], folder/f"stack{r}") for r in pending}
+        stacks = {r: stack(folder/f"ask{r}") for r in pending}
         spent = {r: cpu_seconds(processes[r].pid) for r in pending}
         still = stacks == self.seen and all(stacks[r] and self.waits(r, stacks[r], spent[r] - self.spent[r], now - self.first) for r in pending)
         if not still:
@@ -90,21 +89,20 @@ def explain(where: dict[int, Place], sources: Sequence[str | None], patience: fl
     return "\n".join([*lines, "All ranks were ended; start new ones."])
 
 
-def stack(process: subprocess.Popen, file: Path) -> Frames | None:
-    """The frames of the thread that runs a rank's cells. None if it does not answer."""
+def stack(ask: Path) -> Frames | None:
+    """The frames of the thread that runs a rank's cells. ask: its pipe. None if it does not answer."""
+    answer = ask.with_suffix(".json")
+    answer.unlink(missing_ok=True)
     try:
-        size = file.stat().st_size
-        process.send_signal(signal.SIGUSR1)
+        pipe = os.open(ask, os.O_WRONLY | os.O_NONBLOCK)  # fails where nobody reads
+        os.write(pipe, b"?")
+        os.close(pipe)
         for _ in range(20):
             time.sleep(0.02)
-            if (text := file.read_bytes()[size:].decode(errors="replace")).endswith("\n"):
-                break
+            if answer.exists():
+                return tuple((file, line, function) for file, line, function in json.loads(answer.read_text()))
     except OSError:
-        return None
-    for thread in text.split("\n\n"):
-        frames = [(m[1], int(m[2]), m[3]) for line in thread.splitlines() if (m := FRAME.match(line))]
-        if any("/IPython/core/interactiveshell.py" in f for f, _, _ in frames):
-            return tuple(frames)
+        pass
     return None
 
 

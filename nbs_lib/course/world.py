@@ -123,6 +123,7 @@ class World:
         from jupyter_client.connect import write_connection_file
 
         file, _ = write_connection_file(str(self.folder / f"rank{rank}.json"), transport="ipc", ip=str(self.folder / f"rank{rank}"))
+        os.mkfifo(self.folder / f"ask{rank}")
         log = open(self.folder / f"rank{rank}.log", "w")
         process = subprocess.Popen([sys.executable, "-W", "ignore", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", file, "--IPKernelApp.capture_fd_output=False",
                                     "--InteractiveShell.xmode=Plain", "--InteractiveShell.colors=nocolor"],
@@ -153,7 +154,7 @@ class World:
                 if self.processes[rank].poll() is not None or time.monotonic() > until:
                     raise RankError(f"rank {rank} did not start: {self._last_words(rank) or 'its kernel said nothing'}", [rank])
         store = self.folder / "store"
-        self._conduct([f"__import__('nbs_lib.course.rank', fromlist=['begin']).begin(globals(), {os.getpid()}, {str(store)!r}, {str(self.folder / f'stack{r}')!r}, {self.limit})"
+        self._conduct([f"__import__('nbs_lib.course.rank', fromlist=['begin']).begin(globals(), {os.getpid()}, {str(store)!r}, {str(self.folder / f'ask{r}')!r}, {self.limit})"
                        for r in range(self.ranks)])
 
     @staticmethod
