@@ -333,7 +333,10 @@ def best_pieces(nbytes: int, ranks: int, latency: float, bandwidth: float) -> in
     """Into how many pieces to cut a pipelined broadcast. latency in seconds, bandwidth in B/s, both above 0.
     """
     _positive(latency=latency, bandwidth=bandwidth)
-    return min(max(1, round(math.sqrt(max(0, ranks - 2)*nbytes/(latency*bandwidth)))), max(1, nbytes))
+    square = max(0, ranks - 2)*nbytes/(latency*bandwidth)
+    pieces = math.isqrt(int(square))
+    pieces += square > pieces*(pieces + 1)      # of the two whole numbers around the root, the faster one
+    return min(max(1, pieces), max(1, nbytes))
 
 # %% ../nbs/05b_collectives.ipynb #coll-042
 def collective_seconds(op: str, nbytes: int, ranks: int, latency: float, bandwidth: float,

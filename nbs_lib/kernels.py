@@ -240,7 +240,9 @@ def card(g: str | GPU) -> Card:
                "bf16": base.flops["bf16"]/g.flops[low] if low in g.flops else 1.0}
     best = "nvlink" if "nvlink" in g.links else "pcie" if "pcie" in g.links else None
     link = base.links["nvlink"]/g.links[best] if best else 1.0
-    return Card(g, achieved(), compute, base.bandwidth/g.bandwidth, link,
+    pcie = g.links["pcie"]/base.links["pcie"] if "pcie" in g.links else 1.0
+    links = {k: x*pcie if k.endswith("pinned") else x for k, x in achieved()["links"].items()}   # the host stays as it is
+    return Card(g, {**achieved(), "links": links}, compute, base.bandwidth/g.bandwidth, link,
                 f"not measured: the shares of the datasheet's rates that an {base.title} reached, applied "
                 f"to {g.title}'s")
 

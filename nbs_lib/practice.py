@@ -348,9 +348,9 @@ def with_host(on: Card, link: float | None = None, update: float | None = None) 
     for name, x in (("link", link), ("update", update)):
         if x is not None and not x > 0:
             raise ValueError(f"{name} is {x!r}; accepted is a number above 0, or None.")
-    measured_on = gpu(on.measured["gpu"]).links["pcie"]
+    here = on.gpu.links.get("pcie") or gpu(on.measured["gpu"]).links["pcie"]
     def changed(key: str, rate: float) -> float:
-        if link is not None and key.startswith("to "): return rate*link/measured_on
+        if link is not None and key.startswith("to "): return rate*link/here
         return update if update is not None and key.startswith("host adamw") else rate
     links = {k: changed(k, x) for k, x in on.measured["links"].items()}
     return replace(on, measured={**on.measured, "links": links})

@@ -33,8 +33,8 @@ lab = Lab("05_ddp", "Lab 5: data parallel")
 # %% auto #0
 __all__ = ['lab', 'SIZES', 'TENSOR', 'SAMPLES', 'PER_RANK', 'Bench', 'rank_world', 'free_bytes', 'as_gpt2', 'parameters', 'bench',
            'counted', 'ring_bytes', 'ring_table', 'ring_states', 'complete', 'ring_trial', 'look', 'sizes_in_order',
-           'small', 'device_here', 'own_batches', 'fresh', 'all_reduces', 'hooks_trial', 'alive', 'beside_torchs',
-           'mean_hook', 'compare', 'held', 'holdings', 'holdings_table', 'predicted_holdings', 'rates',
+           'small', 'device_here', 'own_batches', 'fresh', 'all_reduces', 'hooks_trial', 'against', 'noted',
+           'beside_torchs', 'mean_hook', 'compare', 'held', 'holdings', 'holdings_table', 'predicted_holdings', 'rates',
            'measured_rates', 'forgetting', 'Times', 'clock', 'step_of', 'times_on_rank', 'times', 'again',
            'times_table', 'scaling', 'stored_scaling', 'ring_seen']
 
@@ -239,41 +239,50 @@ def all_reduces(c: GPTConfig, limit: int) -> int:
     return len(sizes)
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-009
-def hooks_trial(attach: Callable, limit: int) -> list[float]:
-    """On a rank: what a learner's hooks make of a small model's gradients in two steps. For each parameter the ratio to the mean over ranks and
-    the distance from it; all-reduces during backward and in all, their bytes; 1 if reduced tensors of past steps are still there.
+def hooks_trial(attach: Callable, *limits: int) -> list[float]:
+    """On a rank: what a learner's hooks make of a small model's gradients, in two steps with each limit. For each parameter the ratio to the mean
+    over ranks and the distance from it; all-reduces during backward, in all, and not waited for at once, their bytes; 1 if tensors reduced in past steps are still there.
     """
-    import torch
     import torch.distributed as dist
 
-    c = GPTConfig(layers=2, heads=2, hidden=32, vocab=128, context=16)
-    model, plain, data, found = fresh(c), fresh(c), own_batches(c, 2), []
-    finish, kept = attach(model, limit), []
-    if not callable(finish):
-        raise ValueError(f"attach gave {finish!r}; it should return the function finish.")
-    for _ in range(2):
-        ids, targets = next(data)
-        model.zero_grad(), plain.zero_grad()
+    c, found = GPTConfig(layers=2, heads=2, hidden=32, vocab=128, context=16), []
+    data, plain = own_batches(c, 2), fresh(c)
+    steps = [next(data) for _ in range(2)]
+    means = []
+    for ids, targets in steps:                      # all of them first: from here on only the learner's function communicates
+        plain.zero_grad()
         plain(ids, targets).backward()
-        wanted = [p.grad for p in plain.parameters()]
-        for g in wanted:
+        means.append([p.grad for p in plain.parameters()])
+        for g in means[-1]:
             dist.all_reduce(g.div_(dist.get_world_size()))
-        with counted("allreduce") as sizes, alive(kept):
-            model(ids, targets).backward()
-            found.append(len(sizes))
-            finish()
-        found += [len(sizes), sum(sizes)/1000]
-        for p, g in zip(model.parameters(), wanted):
-            if p.grad is None:
-                raise ValueError("after finish() a parameter has no gradient; finish should leave the mean there.")
-            found += [float((p.grad*g).sum()/(g*g).sum()), float((p.grad - g).norm()/g.norm())]
-    left = {t.untyped_storage().data_ptr(): t.nbytes for r in kept if (t := r()) is not None}
-    return [*found, float(sum(left.values()) > sum(p.nbytes for p in model.parameters()))]
+    for limit in limits:
+        model, kept, running = fresh(c), [], []
+        finish = attach(model, limit)
+        if not callable(finish):
+            raise ValueError(f"attach gave {finish!r}; it should return the function finish.")
+        for (ids, targets), wanted in zip(steps, means):
+            model.zero_grad()
+            with counted("allreduce") as sizes, noted(kept, running):
+                model(ids, targets).backward()
+                found.append(len(sizes))
+                finish()
+            found += [len(sizes), sum(sizes)/1000, sum(running)]
+            found += [x for p, g in zip(model.parameters(), wanted) for x in against(p.grad, g)]
+        left = {t.untyped_storage().data_ptr(): t.nbytes for r in kept if (t := r()) is not None}
+        found.append(float(sum(left.values()) > sum(p.nbytes for p in model.parameters())))
+    return found
+
+
+def against(mine: Any, wanted: Any) -> tuple[float, float]:
+    """The ratio of a gradient to the one that is wanted, along it, and the relative distance. ValueError where there is none."""
+    if mine is None:
+        raise ValueError("after finish() a parameter has no gradient; finish should leave the mean there.")
+    return float((mine*wanted).sum()/(wanted*wanted).sum()), float((mine - wanted).norm()/wanted.norm())
 
 
 @contextmanager
-def alive(kept: list) -> Iterator[None]:
-    """While it lasts, a weak reference to each tensor that this rank all-reduces is put into `kept`."""
+def noted(kept: list, running: list) -> Iterator[None]:
+    """While it lasts: a weak reference to each tensor that this rank all-reduces goes into `kept`, and whether it was with async_op into `running`."""
     import torch.distributed as dist
 
     group = dist.ProcessGroup
@@ -281,6 +290,7 @@ def alive(kept: list) -> Iterator[None]:
 
     def noting(self, tensors, *how, **more):
         kept.extend(map(weakref.ref, tensors))
+        running.append(getattr(how[0], "asyncOp", True) if how else True)
         return plain(self, tensors, *how, **more)
 
     group.allreduce = noting
@@ -670,6 +680,8 @@ lab.exercise(2, "complete parts after five steps", unit="parts",
                          "ring, too."),
             (changed(_ring_solution, "parts[(rank - step) % N], parts[(rank - step - 1) % N]", "parts[rank], parts[(rank - 1) % N]"), "Each rank sends the same part in every step. It should pass on the part that it has just added to."),
             (changed(_ring_solution, "parts[(rank - step - 1) % N]", "parts[(rank - step) % N].view(-1)"), "What arrives is the left neighbour's part of this step, number r − 1 − step. It is added to part r − step here."),
+            (changed(changed(_ring_solution, "coming += arrived", "coming = coming + arrived"), "coming.copy_(arrived)", "coming = arrived"),
+             "The messages went round, but x is as it was. `parts[i] = …` gives a name to another tensor; change the part itself, with += or .copy_(…): it is a view of x."),
             (_whole, "The sums are right, but whole tensors went round: each rank sent (N − 1)·n bytes, not 2(N − 1)/N·n."),
             (_torchs, "The sums are right; they are torch's. Write it from sends and receives."),
             (changed(changed(_ring_solution, "sending = dist.isend", "dist.send"), "        sending.wait()\n", "", "Deadlock"), "Every rank waits for its turn, and nobody's comes: dist.send returns when the other side receives, and dist.recv when it sends. Start the send with dist.isend, "
@@ -726,19 +738,21 @@ lab.exercise(3, "all-reduces in a step", unit="all-reduces",
         "finish: if bucket: reduce_bucket(); then for parameters, flat, work in sent: work.wait(), and for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])): "
         "p.grad.copy_(mean.view_as(p)); at last sent.clear(). The count: one loop over sizes with total += s, and if total >= here.bucket: count += 1; total = 0."),
     explain=OnRanks(
-        _hooks, hooks_trial, cases=((16*1024,), (10**9,)), ranks=4, backend="gloo", tolerance=1e-3, slips=[
+        _hooks, hooks_trial, cases=((16*1024, 10**9),), ranks=4, backend="gloo", tolerance=1e-3, slips=[
             (_no_hooks, "Nothing was sent: each rank has its own gradients, and the copies of the model would drift apart. Replace the dots."),
             (changed(_hooks, "for p in bucket])/N", "for p in bucket])"), "Those are sums over ranks. The loss is a mean over the batch, so gradients must be means: with N ranks the step would "
                                                                           "be N times too large, which SGD shows at once and AdamW hides."),
             (changed(_hooks, "mean.view_as(p)", "mean.view_as(p)/N"), "Divided by N twice."),
             (changed(_hooks, ">= limit", ">= 1"), "The means are right, but each tensor is sent by itself, whatever the limit: so many messages."),
             (changed(_hooks, ">= limit", ">= 10**12"), "The means are right, but everything is sent after backward: nothing can overlap with it. A full bucket starts in arrived."),
+            (changed(changed(_hooks, "dist.all_reduce(flat, async_op=True)", "dist.all_reduce(flat)"), "            work.wait()\n", ""),
+             "The means are right, but each all-reduce is waited for where it is started, and backward stands still meanwhile. With async_op=True it goes on; finish waits."),
             (changed(_hooks, "if bucket:\n            reduce_bucket()", "bucket.clear()"), "What was in the last bucket was never sent: those gradients are each rank's own."),
             (changed(_hooks, "p.grad.copy_(mean.view_as(p))", "mean.view_as(p)"), "The means were formed and not put back: torch.cat made a copy, so p.grad does not change by itself."),
             (changed(_hooks, "p.grad.flatten() for p", "p.detach().flatten() for p"), "It is the weights that were averaged, and put where gradients belong. The weights are equal anyway, as long as the gradients are."),
-            (changed(_hooks, "        bucket.clear()\n", ""), "The bucket is not emptied: each all-reduce takes along everything before it, and gradients that were sent already are sent again."),
+            (changed(_hooks, "        bucket.clear()\n", "", "no attribute 'nbytes'"), "The bucket is not emptied: each all-reduce takes along everything before it, and gradients that were sent already are sent again."),
             (changed(_hooks, "        sent.clear()", "        pass"), "The means are right, but sent is never emptied: the buckets of all steps are kept, and memory grows by all gradients in every step."),
-            (changed(_hooks, "        if bucket:\n", "        if bucket and dist.get_rank() == 0:\n", "Deadlock"), "A collective needs every rank: rank 0 waits in one that the others do not call, or calls it when "
+            (changed(_hooks, "        flat =", "        if dist.get_rank() > 0:\n            return bucket.clear()\n        flat =", "Deadlock"), "A collective needs every rank: rank 0 waits in one that the others do not call, or calls it when "
                                                                                                                      "they are at another. No rank may decide by its number.")],
         why="This is DDP: PyTorch's reducer does no more in kind. What it adds is speed and care: gradients are written into the bucket at once (gradient_as_bucket_view saves the copy back), "
             "buckets are rebuilt in the order in which gradients really came, and somebody looks after parameters that get no gradient and after no_sync. Chapter 5 writes those."))

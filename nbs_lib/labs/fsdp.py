@@ -18,32 +18,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..course.figures import Table, table
 from ..course.lab import Choice, Function, Lab, Number, Stop
-from ..course.lab_ranks import OnRanks, close_worlds, fails, lab_world, run_in
-from ..fsdp import FSDP, gathered_peak, moved, unit_lengths
+from ..course.lab_ranks import OnRanks, fails, lab_world, run_in
+from ..fsdp import FSDP, moved, unit_lengths
 from ..gpt import GPT, Block, GPTConfig, batches, text
-from ..hardware import gpu
 from .memory import live_bytes
-from ..memory import GiB, capacity, train_memory
+from ..memory import GiB, train_memory
 from ..models import Arch, arch
 from ..practice import Unit, counted, schedule, units
 from ..records import Record, one_step
-from ..zero import Zero1, Zero2, Zero3, held_bytes, wire_bytes
+from ..zero import Zero1, Zero2, Zero3
 
 lab = Lab("06_fsdp", "Lab 6: ZeRO and FSDP")
 
 # %% auto #0
-__all__ = ['lab', 'SIZES', 'SMALL', 'WAYS', 'OPTIMIZERS', 'STACK', 'DATA_PARALLEL', 'POLICIES', 'Bench', 'rank_world',
+__all__ = ['lab', 'SIZES', 'SMALL', 'WAYS', 'OPTIMIZERS', 'STATES', 'STACK', 'DATA_PARALLEL', 'POLICIES', 'Bench', 'rank_world',
            'free_bytes', 'as_gpt2', 'bench', 'bare', 'sizes', 'device_here', 'own_batches', 'fresh', 'fewer_blocks',
-           'Counted', 'alive', 'held_after_step', 'held_by', 'held_table', 'state_numbers', 'zero1_trial', 'flattened',
-           'flat_gradient', 'stale_share', 'stale', 'zero1_beside', 'train_beside', 'scatter_trial', 'block_gradients',
-           'scattered', 'scatter_on_ranks', 'settled', 'linear_trial', 'stacked', 'stack_width', 'stack_on_ranks',
-           'sent_in_step', 'sent', 'small_bytes', 'sent_table', 'between_hosts', 'gathered_by_fsdp',
-           'gathered_peak_here', 'lengths', 'fsdp2_peak', 'policies_table', 'llama_policies', 'zero1_right',
-           'zero1_silent', 'zero1_everywhere', 'zero1_own_gradient', 'zero1_sum', 'zero1_added', 'zero1_averaged',
-           'zero1_floor', 'zero1_forgetful', 'zero1_copy', 'zero1_own_broadcast', 'scatter_right', 'scatter_sum',
-           'scatter_end_to_end', 'scatter_padded_last', 'scatter_all_reduced', 'scatter_one_by_one', 'scatter_local',
-           'scatter_strided', 'scatter_floor', 'linear_right', 'linear_kept', 'linear_sum', 'linear_own_gradient',
-           'linear_all_reduced', 'linear_mean_of_dx', 'linear_transposed']
+           'Counted', 'alive', 'held_after_step', 'held_by', 'held_table', 'state_numbers', 'zero1_trial', 'written',
+           'equal', 'flattened', 'flat_gradient', 'stale_share', 'stale', 'zero1_beside', 'train_beside',
+           'scatter_trial', 'block_gradients', 'scattered', 'scatter_on_ranks', 'settled', 'linear_trial', 'stacked',
+           'stack_width', 'stack_on_ranks', 'sent_in_step', 'sent', 'small_bytes', 'sent_table', 'between_hosts',
+           'gathered_by_fsdp', 'gathered_peak_here', 'lengths', 'fsdp2_peak', 'policies_table', 'llama_policies',
+           'zero1_right', 'zero1_silent', 'zero1_everywhere', 'zero1_own_gradient', 'zero1_sum', 'zero1_added',
+           'zero1_averaged', 'zero1_floor', 'zero1_forgetful', 'zero1_copy', 'zero1_own_broadcast', 'scatter_right',
+           'scatter_sum', 'scatter_end_to_end', 'scatter_padded_last', 'scatter_all_reduced', 'scatter_one_by_one',
+           'scatter_local', 'scatter_strided', 'scatter_floor', 'linear_right', 'linear_kept', 'linear_sum',
+           'linear_own_gradient', 'linear_all_reduced', 'linear_mean_of_dx', 'linear_transposed']
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-004
 #: What is trained on GPUs, from large to small: (layers, heads, hidden), sequences of a rank. The first is used whose predicted peak, with nothing
@@ -191,7 +190,8 @@ def held_after_step(way: str, c: GPTConfig, batch: int) -> int:
     """On a rank: bytes that it holds after AdamW's second step, before gradients are cleared. way: of WAYS."""
     data, tiny = own_batches(c, batch), fresh(GPTConfig(1, 1, 64, c.vocab, c.context))
     tiny(*next(data)).backward()                            # products' workspaces are there from here on
-    tiny, before = None, alive()
+    del tiny
+    before = alive()
     model = fresh(c)
     make = WAYS[way] or (lambda model, optimizer, blocks, **how: optimizer(model.parameters(), **how))
     optimizer = make(model, torch.optim.AdamW, Block, lr=1e-3)
@@ -220,6 +220,7 @@ def held_table(formula: Callable) -> Table:
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-009
 # Exercise 2, whose check runs on four ranks of gloo whatever the machine.
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, lr=0.1), "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}
+STATES = {"adamw": 2, "momentum": 1}        # numbers for each parameter
 
 
 def state_numbers(optimizers: list) -> int:
@@ -228,7 +229,7 @@ def state_numbers(optimizers: list) -> int:
 
 
 def zero1_trial(zero1: Callable, n: int, optimizer: str) -> list[float]:
-    """On a rank: n parameters after three steps, and how many numbers this rank's optimizers keep."""
+    """On a rank: n parameters after three steps, and 1 if this rank's optimizers keep states of more than a part (padding may be in it)."""
     made, flat = [], torch.linspace(-1, 1, n)
 
     def make(parameters: list) -> torch.optim.Optimizer:
@@ -241,7 +242,19 @@ def zero1_trial(zero1: Callable, n: int, optimizer: str) -> list[float]:
     for k in range(3):
         generator = torch.Generator().manual_seed(10*k + dist.get_rank())
         step(torch.randn(n, generator=generator))
-    return [*flat.tolist(), state_numbers(made)]
+    part = -(-n//dist.get_world_size())
+    return [*flat.tolist(), float(state_numbers(made) > STATES[optimizer]*part)]
+
+
+def written(name: str) -> None:
+    """Stop unless the check of an exercise has accepted what the learner wrote."""
+    if not lab._record().get(name, {}).get("explained"):
+        raise Stop(f"Exercise {name}: first write your function, and let lab.explain({name}, …) check it; it is used here.")
+
+
+def equal(apart: float) -> str:
+    """A relative distance, in words if there is none."""
+    return "0, equal bit for bit" if apart == 0 else f"{apart:.1e}"
 
 
 def flattened(model: nn.Module) -> Tensor:
@@ -298,15 +311,16 @@ def zero1_beside(zero1: Callable, c: GPTConfig, batch: int, steps: int = 4) -> d
             step(flat_gradient(model)) if step else optimizer.step()
         now = torch.cat([p.detach().flatten() for p in model.parameters()])
         reference = now if reference is None else reference
-        found[way] = state_numbers(made), float(loss.detach()), float((now - reference).norm()/reference.norm())
+        found[way] = state_numbers(made[-1:]), float(loss.detach()), float((now - reference).norm()/reference.norm())
         del model, run, optimizer, step, made, flat, now
     return found
 
 
 def train_beside(zero1: Callable) -> Table:
     """A GPT trained on this machine's ranks with torch's DDP, the course's Zero1 and yours."""
+    written("2")
     found = run_in(rank_world(), zero1_beside, zero1, fewer_blocks(bench().config), bench().batch)[0]
-    rows = [[way, f"{4*kept:,}", f"{loss:.4f}", "0, equal bit for bit" if apart == 0 else f"{apart:.1e}"] for way, (kept, loss, apart) in found.items()]
+    rows = [[way, f"{4*kept:,}", f"{loss:.4f}", equal(apart)] for way, (kept, loss, apart) in found.items()]
     return table(rows, ["", "optimizer, bytes on rank 0", "loss of the last step", "distance from DDP's parameters"], "lrrr")
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-011
@@ -350,19 +364,19 @@ def _block_bytes() -> int:
 
 def scatter_on_ranks(scatter_mean: Callable) -> int:
     """Bytes that rank 0 sends in your function for a block's gradients, on this machine's ranks; says how far it is from the course's ZeRO-2."""
+    written("3")
     sent, calls, apart = run_in(rank_world(), scattered, scatter_mean, bench().config, bench().batch)[0]
-    print(f"{calls} call{'s'*(calls != 1)} of collectives; distance from the gradients of nbs_lib.zero.Zero2: {'0, equal bit for bit' if apart == 0 else f'{apart:.1e}'}")
+    print(f"{calls} call{'s'*(calls != 1)} of collectives; distance from the gradients of nbs_lib.zero.Zero2: {equal(apart)}")
     return sent
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-012
 # Exercise 4, whose check runs on four ranks of gloo whatever the machine.
 def settled(now: Callable[[], int]) -> int:
     """The least of what `now` says within a fifth of a second: gloo's threads let go of a collective's tensors a little after its end."""
-    found = []
-    for _ in range(10):
-        gc.collect()
+    found = [now()]
+    for _ in range(20):
+        time.sleep(0.01)
         found.append(now())
-        time.sleep(0.02)
     return min(found)
 
 
@@ -424,10 +438,11 @@ def stack_width() -> int:
 
 def stack_on_ranks(linear: Callable) -> float:
     """The percentage of the weights that rank 0 holds between forward and backward, with your layers; says what it sent, and how far it is off."""
+    written("4")
     h = stack_width()
     held, sent, apart = run_in(rank_world(), stacked, linear, h, STACK)[0]
     print(f"{STACK} layers of {h} × {h}; sent in both passes: {sent:,} bytes, {sent/(4*h*h*STACK):.2f} times those of the weights; "
-          f"distance from the gradient of whole weights: {apart:.1e}")
+          f"distance from the gradient of whole weights: {equal(apart)}")
     return held
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-013
@@ -455,7 +470,7 @@ def sent_in_step(way: str) -> dict[str, int]:
     else:
         model = FSDP(model, Block, way, shard_size=2 if way == "HYBRID_SHARD" else None, record=record)
         optimizer = torch.optim.AdamW(model.parameters())
-    for _ in range(2):
+    for _ in range(3):                                      # in the second DDP orders its buckets anew, and says so to all
         with Counted() as counting:
             model(*next(data)).backward()
             optimizer.step()
@@ -489,14 +504,14 @@ def sent_table() -> Table:
     return table(rows, ["bytes that rank 0 of 4 sends in a step", *names, "together", "times DDP's"], "lrrrrr")
 
 
-def between_hosts() -> Table:
-    """Llama-3-8B in bf16 on 4 hosts of 8 GPUs: GB that a GPU sends in a step, in all and to another host, by nbs_lib.fsdp.moved."""
-    P, rows = {"root": arch("llama-3-8b").parameters}, []
-    for name, shards, reshard in (("NO_SHARD (DDP)", 1, False), ("FULL_SHARD", 32, True), ("SHARD_GRAD_OP", 32, False), ("HYBRID_SHARD", 8, True)):
-        m = moved(P, 32, shards, reshard, e=2)
-        inside, across = m["inside"]/1e9, m["across"]/1e9
-        rows.append([name, f"{inside:.1f}", f"{across:.1f}", "one ring over all 4 hosts" if shards in (1, 32) else "a ring inside each host, then one across"])
-    return table(rows, ["", "GB within its sharding group", "GB between groups", "who is in a ring"], "lrrl")
+def between_hosts(hosts: int = 4, gpus: int = 8) -> Table:
+    """Llama-3-8B in bf16: GB that a GPU sends in a step, by nbs_lib.fsdp.moved, and that leave each host, if a ring leaves each host once."""
+    P, N, rows = {"root": arch("llama-3-8b").parameters}, hosts*gpus, []
+    for name, shards, reshard in (("NO_SHARD, as DDP", 1, False), ("FULL_SHARD", N, True), ("SHARD_GRAD_OP", N, False), ("HYBRID_SHARD", gpus, True)):
+        m = moved(P, N, shards, reshard, e=2)
+        leave = gpus*m["across"] if name == "HYBRID_SHARD" else sum(m.values())
+        rows.append([name, f"{sum(m.values())/1e9:.1f}", f"{leave/1e9:.1f}"])
+    return table(rows, [f"GB in a step, {hosts} hosts of {gpus} GPUs", "sent by a GPU", "leaving each host"], "lrr")
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-014
 # Exercise 6.
@@ -773,7 +788,8 @@ lab.exercise(2, "what is out of date without the last line", unit="%",
             (zero1_floor, "n//N rounds down: the last n − N·(n//N) numbers belong to nobody and are never updated. It shows where N does not divide n."),
             (zero1_forgetful, "A new optimizer in every step: its moments begin at zero each time. Make it once, outside of step."),
             (zero1_copy, "Your parameter is a copy: the optimizer updates it, and flat never hears of it. nn.Parameter(flat[a:b]) without .clone() shares flat's memory."),
-            (zero1_own_broadcast, "Each rank calls broadcast once, for its own part, and nobody receives: a broadcast is called by all ranks, with the same source. So N of them, in the same order.")],
+            (zero1_own_broadcast, "Some ranks wait for ever. A collective is called by all ranks; a broadcast moreover with the same source on all of them. If each rank broadcasts only its own part, "
+                                  "nobody receives: there are N broadcasts, and every rank takes part in each.")],
         why="That is ZeRO-1. The optimizer's states are divided, and the price is the gathering at the end. Two savings are left: the all-reduce brings each rank a mean of which it uses "
             "1/N (exercise 3), and all N parts can travel in one all-gather if the last ones are padded."))
 
@@ -1155,5 +1171,5 @@ lab.exercise(6, "what is gathered at once", unit="bytes",
             (lambda: fsdp2_peak(Block), "That is FSDP2 with a unit for each block. With nothing but the root there is one unit, which holds all parameters."),
             (lambda: _bytes()/bench().ranks, "That is a shard. Gathered means whole."),
             (lambda: 3*_bytes(), "Once for the parameters and once for the buffer that they come in; there is no next unit to be gathered early.")],
-        why="Twice all parameters: the buffer that the all-gather fills, and the parameters copied out of it. It fits no model that did not fit before: sharding then saves gradients and optimizer "
-            "states, and not parameters. A log says nothing of it: the model trains, with the same losses."))
+        why="Twice all parameters: the buffer that the all-gather fills, and the parameters copied out of it. Sharding then saves gradients and optimizer states, and nothing of the parameters: with many "
+            "ranks two whole copies are nearly all that a rank holds. A log says nothing of it: the model trains, with the same losses."))
