@@ -267,11 +267,19 @@ class Ledger(TorchDispatchMode):
         if key not in self.resident and key not in self.known:
             self.known[key] = kind, weakref.ref(storage, lambda _: self.known.pop(key, None))
 
-    def _look(self) -> None:
-        for p in self.model.parameters(): self._add(p, "parameters")
+    def _held(self) -> Counter:
         held = Counter()
         for kind, ref in list(self.known.values()):
             if (storage := ref()) is not None: held[kind] += storage.nbytes()    # 0 where FSDP has freed it
+        return held
+
+    def _look(self) -> None:
+        for p in self.model.parameters(): self._add(p, "parameters")
+        held = self._held()
+        if held.total() > self.peak:              # gloo's threads let go of tensors a little after a collective
+            for _ in range(20):
+                time.sleep(0.002)
+                held = min(held, self._held(), key=Counter.total)
         self.parameters = max(self.parameters, held["parameters"])
         self.peak = max(self.peak, held.total())
 
