@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from .course import figures
+from .memory import whole
 
 # %% auto #0
-__all__ = ['IGNORED', 'whole', 'ShardedSampler', 'deal', 'stride', 'draw_shards', 'global_batch', 'per_rank_batch',
-           'step_gradients', 'apart', 'token_weights', 'schedule_position', 'scaled_lr', 'updates_apart', 'seeded']
-
-# %% ../nbs/05d_batches.ipynb #batches-004
-def whole(name: str, value: int, least: int = 1) -> int:
-    """The value, if it is a whole number from `least`; else ValueError."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}; accepted is a whole number from {least}.")
-    return value
+__all__ = ['IGNORED', 'ShardedSampler', 'deal', 'stride', 'draw_shards', 'global_batch', 'per_rank_batch', 'step_gradients',
+           'apart', 'token_weights', 'schedule_position', 'scaled_lr', 'updates_apart', 'seeded']
 
 # %% ../nbs/05d_batches.ipynb #batches-006
 class ShardedSampler(Sampler[int]):
@@ -43,7 +37,7 @@ class ShardedSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Shuffle for this epoch, and begin with this rank's sample `start`. Call it before each epoch."""
-        self.epoch, self.start = epoch, whole("start", start, 0)
+        self.epoch, self.start = epoch, whole("start", start, low=0)
 
     def order(self) -> list[int]:
         """All ranks' samples in this epoch's order, as many as N divides."""
@@ -184,7 +178,7 @@ def schedule_position(calls: int, world_size: int = 1, split_batches: bool = Fal
     with_optimizer: the Accelerator's step_scheduler_with_optimizer. epoch: batches that the prepared loader
     gives in one; the last of them ends an accumulation. None: all calls are in one epoch, before its end.
     """
-    whole("calls", calls, 0), whole("world_size", world_size), whole("accumulation", accumulation)
+    whole("calls", calls, low=0), whole("world_size", world_size), whole("accumulation", accumulation)
     if not with_optimizer: return calls
     epochs, rest = divmod(calls, whole("epoch", epoch)) if epoch is not None else (0, calls)
     steps = rest//accumulation + (epochs and epochs*-(-epoch//accumulation))

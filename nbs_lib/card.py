@@ -313,7 +313,7 @@ def host_key(kind: str, precision: str, attention: str, checkpointing: bool, lor
 def host_model(config: dict, precision: str, attention: str, checkpointing: bool, lora_rank: int | None,
                device: str = "cuda") -> Callable[[], tuple[float, float]]:
     """A call that runs a model forward and backward, and returns the seconds of the host for each."""
-    from nbs_lib.course.built import build
+    from nbs_lib.course.measure.built import build
     from nbs_lib.models import arch
 
     dtype = "bfloat16" if precision == "bf16" else "float32"
@@ -469,7 +469,7 @@ def sharded_hosts(rank: int, world: int, few: int = 2, many: int = 6,
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    from nbs_lib.course.built import build, shard
+    from nbs_lib.course.measure.built import build, shard
     from nbs_lib.models import arch
 
     def model(strategy: str, n: int) -> Any:
@@ -500,7 +500,7 @@ def several(world: int) -> dict[str, Any]:
     """collectives() and sharded_hosts() in `world` processes of this machine, one a GPU: what rank 0 saw."""
     import tempfile
 
-    from nbs_lib.course.ranks import free_port
+    from nbs_lib.course.processes import free_port
 
     needs_cuda(world)
     with tempfile.TemporaryDirectory() as folder:

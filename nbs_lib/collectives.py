@@ -7,25 +7,24 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import achieved, rising
+from .course.provenance import provenance
+from .kernels import rising
 
 # %% auto #0
-__all__ = ['DEVICE', 'SUMS', 'OPS', 'Wire', 'exchange', 'ready', 'alike', 'chunks', 'reduce_scatter', 'all_gather', 'all_reduce',
-           'ring_picture', 'ring_sum', 'sum_bound', 'broadcast', 'pipelined_broadcast', 'tree_all_reduce', 'bytes_sent',
-           'in_a_row', 'best_pieces', 'collective_seconds', 'crossover', 'measured_link', 'call_seconds',
-           'measure_ours', 'device_name', 'difference', 'main']
+__all__ = ['all_gather_into', 'reduce_scatter_into', 'DEVICE', 'SUMS', 'OPS', 'Wire', 'exchange', 'need_group', 'here', 'ready',
+           'alike', 'chunks', 'reduce_scatter', 'all_gather', 'all_reduce', 'ring_picture', 'ring_sum', 'sum_bound',
+           'broadcast', 'pipelined_broadcast', 'tree_all_reduce', 'bytes_sent', 'in_a_row', 'best_pieces',
+           'collective_seconds', 'crossover', 'measured_link', 'call_seconds', 'measure_ours', 'difference', 'main']
 
 # %% ../nbs/05b_collectives.ipynb #coll-005
 _wires: list[Wire] = []             # those that count now
@@ -71,9 +70,25 @@ def exchange(leaving: Tensor | None, to: int, coming: Tensor | None, source: int
     for work in dist.batch_isend_irecv(ops) if ops else (): work.wait()
 
 # %% ../nbs/05b_collectives.ipynb #coll-008
+# torch 2.13 has new names for both
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 DEVICE = {"nccl": "cuda", "gloo": "cpu"}        # where a backend's tensors are
 SUMS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def need_group() -> None:
+    """ValueError where there is no process group yet."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("torch.distributed has no process group here; accepted is a process that called "
+                         "init_process_group, as torchrun and accelerate launch arrange it (World(2) does it for you).")
+
+
+def here() -> torch.device:
+    """This rank's device: its GPU under NCCL, else the CPU."""
+    if dist.get_backend() != "nccl": return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def ready(x: Tensor, group: dist.ProcessGroup | None, op: Any = None) -> tuple[Tensor, int, int]:
@@ -403,19 +418,15 @@ def measure_ours(sizes: Sequence[int] = tuple(2**k for k in range(12, 31, 2)),
     of torch's (the slowest rank's, median of rounds that take turns), off: their largest difference over 2 ×
     sum_bound (must be ≤ 1; 0: equal), and provenance.
 
-    Raises ValueError for a size that is no positive multiple of the dtype's, RuntimeError without a process
-    group.
+    Raises ValueError for a size that is no positive multiple of the dtype's, and without a process group.
     """
-    if not dist.is_initialized():
-        raise RuntimeError("there is no process group; use World(2).run(measure_ours) or torchrun.")
+    need_group()
     for n in sizes:
         if n < 1 or n % dtype.itemsize:
             raise ValueError(f"sizes has {n}; accepted are multiples of {dtype.itemsize} bytes.")
-    ranks, backend = dist.get_world_size(), dist.get_backend()
-    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-    about = {"ranks": ranks, "backend": backend, "dtype": str(dtype)[6:], "device": device_name(device),
-             "torch": torch.__version__, "date": date.today().isoformat(),
-             "command": f"torchrun --nproc-per-node {ranks} -m nbs_lib.collectives"}
+    ranks, backend, device = dist.get_world_size(), dist.get_backend(), here()
+    about = {"ranks": ranks, "backend": backend, "dtype": str(dtype)[6:],
+             **provenance(f"torchrun --nproc-per-node {ranks} -m nbs_lib.collectives")}
     rows = []
     for n in sizes:
         off = difference(n//dtype.itemsize, dtype, device)
@@ -433,11 +444,6 @@ def measure_ours(sizes: Sequence[int] = tuple(2**k for k in range(12, 31, 2)),
     return rows
 
 # %% ../nbs/05b_collectives.ipynb #coll-055
-def device_name(device: torch.device) -> str:
-    """What a device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-
-
 def difference(n: int, dtype: torch.dtype, device: torch.device) -> float:
     """The largest difference between all_reduce and torch's over n random numbers a rank, as a share of 2 ×
     sum_bound.

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .collectives import bytes_sent
+from .collectives import bytes_sent, need_group
+from .memory import whole
 
 if TYPE_CHECKING:
     from nbs_lib.records import Record
@@ -34,9 +35,7 @@ def shard_batch(x: Tensor, rank: int, world_size: int) -> Tensor:
 
     Raises ValueError where the world size does not divide the batch, or there is no such rank.
     """
-    if type(world_size) is not int or world_size < 1:
-        raise ValueError(f"world_size is {world_size!r}; accepted is a whole number from 1.")
-    if rank not in range(world_size):
+    if rank not in range(whole("world_size", world_size)):
         raise ValueError(f"rank is {rank!r}; accepted are 0 to {world_size - 1}.")
     rows = len(x) if x.dim() else 0
     if not rows or rows % world_size:
@@ -272,13 +271,9 @@ class DDP(nn.Module):
                  rebuild: bool = True, all_reduce: Callable[[Tensor], Any] | None = None,
                  group: dist.ProcessGroup | None = None, record: Record | None = None):
         super().__init__()
-        for name, n in (("bucket_bytes", bucket_bytes), ("first_bytes", first_bytes)):
-            if type(n) is not int or n < 1:
-                raise ValueError(f"{name} is {n!r}; accepted is a whole number from 1.")
+        whole("bucket_bytes", bucket_bytes), whole("first_bytes", first_bytes)
         named = trained(module)
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("there is no process group; call torch.distributed.init_process_group first, "
-                             "in a process for each rank (torchrun or nbs_lib.course.world start them).")
+        need_group()
         same_everywhere(named, group)
         for t in [*module.parameters(), *module.buffers()]:
             dist.broadcast(t.detach(), group=group, group_src=0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,19 +15,16 @@ from torch.autograd import Function, Variable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-if TYPE_CHECKING:
-    from nbs_lib.records import Record
-
-# torch 2.13 has new names for both
-all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from .collectives import all_gather_into, need_group, reduce_scatter_into
+from .records import Record, Silent
+from .zero import Home, clip, find_blocks, homes, unit_name
 
 # %% auto #0
-__all__ = ['all_gather_into', 'reduce_scatter_into', 'STRATEGIES', 'ALIGN', 'Owner', 'SOURCES', 'NAMES', 'Strategy',
-           'ranks_per_shard', 'flat_length', 'Home', 'find_blocks', 'homes', 'unit_lengths', 'held', 'gathered_peak',
-           'moved', 'Silent', 'Task', 'Links', 'Away', 'pack', 'Unflatten', 'Flat', 'Unit', 'Reducer', 'Delivery',
-           'Schedule', 'Backward', 'Engine', 'links_of', 'refuse_stale', 'check', 'take', 'FSDP', 'clip_grad_norm',
-           'full_state_dict', 'fault', 'load_full_state_dict', 'watch', 'Names', 'rings', 'strategies']
+__all__ = ['STRATEGIES', 'ALIGN', 'SOURCES', 'NAMES', 'Strategy', 'ranks_per_shard', 'flat_length', 'unit_lengths', 'held',
+           'gathered_peak', 'moved', 'Task', 'Links', 'Away', 'pack', 'Unflatten', 'Flat', 'Unit', 'Reducer',
+           'Delivery', 'Schedule', 'Backward', 'Engine', 'links_of', 'refuse_stale', 'check', 'take', 'FSDP',
+           'clip_grad_norm', 'full_state_dict', 'fault', 'load_full_state_dict', 'watch', 'Names', 'rings',
+           'strategies']
 
 # %% ../nbs/06_fsdp.ipynb #fsdp-005
 @dataclass(frozen=True)
@@ -66,55 +63,7 @@ def flat_length(numbers: Sequence[int], ranks: int = 1) -> int:
     used = sum(-(-n//ALIGN)*ALIGN for n in numbers)
     return -(-used//(ALIGN*ranks))*ALIGN*ranks
 
-# %% ../nbs/06_fsdp.ipynb #fsdp-011
-Owner = tuple[nn.Module, str]     # where a parameter hangs: a module and its attribute
-
-
-@dataclass
-class Home:
-    """Where a parameter is: the index of its unit (0 is the root), its names, its owners."""
-    unit: int
-    names: list[str]
-    owners: list[Owner]
-
-
-def find_blocks(module: nn.Module, blocks: type | Iterable[nn.Module] | None) -> list[nn.Module]:
-    """The modules that are units. blocks: a class, or modules; None: the entries of the longest nn.ModuleList.
-
-    Raises ValueError where there are none, one is not in the module, is the module, or is in another.
-    """
-    inside = list(module.modules())
-    if blocks is None:
-        lists = [m for m in inside if isinstance(m, nn.ModuleList)]
-        found = list(max(lists, key=len, default=[]))
-    elif isinstance(blocks, type): found = [m for m in inside if isinstance(m, blocks)]
-    else: found = list(blocks)
-    name = type(module).__name__
-    if not found:
-        what = f"no {blocks.__name__}" if isinstance(blocks, type) else "no nn.ModuleList with entries"
-        raise ValueError(f"blocks is {blocks!r}, and {name} has {what}; accepted are a class or modules that it has.")
-    for b in found:
-        if b is module or not any(b is m for m in inside):
-            raise ValueError(f"blocks has a {type(b).__name__} that is not inside {name}; accepted are parts of it.")
-        if any(b is not other and b in set(other.modules()) for other in found):
-            raise ValueError(f"blocks has a {type(b).__name__} inside another block; accepted are blocks side by side.")
-    return found
-
 # %% ../nbs/06_fsdp.ipynb #fsdp-012
-def homes(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Parameter, Home]:
-    """Each parameter's home, in the order of named_parameters()."""
-    unit = {m: i for i, b in enumerate(blocks, 1) for m in b.modules()}
-    found: dict[nn.Parameter, Home] = {}
-    for path, m in module.named_modules(remove_duplicate=False):
-        for attribute, p in m._parameters.items():
-            if p is None: continue
-            home = found.setdefault(p, Home(unit.get(m, 0), [], []))
-            home.names.append(f"{path}.{attribute}".lstrip("."))
-            home.owners.append((m, attribute))
-            if unit.get(m, 0) != home.unit: home.unit = 0
-    return found
-
-
 def unit_lengths(module: nn.Module, blocks: Any = None, ranks: int = 1) -> dict[str, int]:
     """Numbers in each unit's flat buffer, with padding: {"root": …, "block 0": …}. For one dtype, nothing frozen."""
     blocks = find_blocks(module, blocks)
@@ -153,12 +102,6 @@ def moved(lengths: dict[str, int], world_size: int, ranks: int, reshard: bool, e
     return total
 
 # %% ../nbs/06_fsdp.ipynb #fsdp-018
-class Silent:
-    """The diary of those who keep none."""
-    def __contains__(self, _): return False
-    def __getattr__(self, _): return lambda *_, **__: None
-
-
 class Task:
     """Something under way beside the computation. launch(later) starts it: to be waited for, or in a stream's order."""
 
@@ -523,9 +466,7 @@ class Engine(Backward):
 # %% ../nbs/06_fsdp.ipynb #fsdp-037
 def links_of(strategy: str, shard_size: int | None, device: torch.device, **policy: Any) -> Links:
     """This rank's groups under a strategy. ValueError without a process group, or if shard_size does not fit."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("torch.distributed has no process group here; accepted is a process that called "
-                         "init_process_group, as torchrun and accelerate launch arrange it (World(2) does it for you).")
+    need_group()
     world = dist.get_world_size()
     ranks, everyone = ranks_per_shard(strategy, world, shard_size), dist.group.WORLD
     if world == 1: return Links(None, None, device, **policy)
@@ -566,8 +507,7 @@ def take(modules: list[nn.Module], found: dict[nn.Parameter, Home], links: Links
     for p, home in found.items(): kinds.setdefault((home.unit, not p.requires_grad, str(p.dtype)), {})[p] = home
     units: list[Unit] = []
     for (unit, frozen, dtype), parameters in sorted(kinds.items(), key=lambda item: item[0]):
-        name = f"block {unit - 1}" if unit else "root"
-        if frozen: name += " frozen"
+        name = unit_name(unit) + " frozen"*frozen
         if any(f.name == name for f in units): name += f" {dtype}"
         for p, home in parameters.items():
             for module, attribute in home.owners: module._parameters.pop(attribute, None)
@@ -623,13 +563,14 @@ class FSDP(nn.Module):
 @torch.no_grad()
 def clip_grad_norm(model: FSDP, max_norm: float) -> Tensor:
     """Scale all gradients so that their norm is at most max_norm; returns the norm before. On every rank."""
-    gradients = [f.shard.grad for f in model.flats if f.shard.grad is not None]
-    if not gradients: raise ValueError("the model has no gradients; call this after backward, outside of no_sync.")
-    squares = torch.stack([g.float().square().sum() for g in gradients]).sum().to(model.links.device)
-    if model.links.inside: dist.all_reduce(squares, group=model.links.inside)
-    norm = squares.sqrt()
-    torch._foreach_mul_(gradients, (max_norm/(norm + 1e-6)).clamp(max=1.0).to(gradients[0].device))
-    return norm
+    links = model.links
+
+    def add(squares: Tensor) -> None:
+        there = squares.to(links.device)          # offloaded gradients are in host memory
+        if links.inside: dist.all_reduce(there, group=links.inside)
+        squares.copy_(there)
+
+    return clip([f.shard.grad for f in model.flats if f.shard.grad is not None], max_norm, add)
 
 
 @torch.no_grad()
@@ -695,7 +636,7 @@ def watch(model: FSDP, optimizer: torch.optim.Optimizer) -> None:
             states = [x for x in optimizer.state.get(f.shard, {}).values() if isinstance(x, Tensor) and x.dim()]
             size = sum(x.nbytes for x in states)
             if size: model.links.hold("optimizer", f.name, size, size*model.links.ranks)
-    if isinstance(model.links.record, Silent):
+    if not model.links.record:
         raise ValueError("the model has no record; accepted is FSDP(…, record=Record()).")
     optimizer.register_step_pre_hook(begin)
     optimizer.register_step_post_hook(end)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .course.processes import free_port, run
 from .memory import SHARDED, ZERO, Settings, whole
 from .models import Arch
 
@@ -19,21 +20,21 @@ from .models import Arch
 __all__ = ['WORDS', 'BLOCKS', 'MIXED', 'REDUCE', 'ROOT', 'ACCUMULATION', 'STAGES', 'PLAIN', 'CHANGES', 'Line', 'scalar', 'render',
            'plain', 'Config', 'machines', 'kind_of', 'dropout', 'fsdp', 'hybrid', 'zero', 'in_script',
            'accelerate_notes', 'check_nodes', 'accelerate_config', 'title', 'commands', 'text', 'deepspeed_precision',
-           'deepspeed_notes', 'deepspeed_config', 'script', 'rehearse', 'rehearsal', 'marked', 'end', 'run', 'command',
-           'check_processes', 'free_port', 'read_config', 'in_use', 'check_launch', 'check_gpus', 'describe']
+           'deepspeed_notes', 'deepspeed_config', 'script', 'rehearse', 'rehearsal', 'command', 'check_processes',
+           'read_config', 'in_use', 'check_launch', 'check_gpus', 'describe']
 
 # %% ../nbs/06c_launch.ipynb #launch-005
 class Line(NamedTuple):
-    """One line of a config. value: a string, number or bool, or a tuple of Lines (a section). why: a "
-      "comment."""
+    """One line of a config. value: a string, number or bool, or a tuple of Lines (a section).
+    why: a comment."""
     key: str
     value: Any
     why: str = ""
 
 
 def scalar(value: Any) -> str:
-    """A string, number or bool as YAML. Strings that YAML 1.1 would read otherwise (no, on, 1.5) get "
-      "quotes."""
+    """A string, number or bool as YAML. Strings that YAML 1.1 would read otherwise (no, on, 1.5)
+    get quotes."""
     if isinstance(value, bool): return str(value).lower()
     if not isinstance(value, str): return str(value)
     plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", value) and value.lower() not in WORDS
@@ -234,9 +235,9 @@ def commands(config: Config, path: str = "accelerate.yaml", script: str = "train
         here = config.plan.world_size//config.nodes
         each = command(config.nodes, here, script, path, host=config.host, port=config.port)
         return [shlex.join(words) for words in each]
-    run = f"{before}accelerate launch --config_file {shlex.quote(str(path))}"
-    if config.nodes == 1: return [f"{run} {shlex.quote(script)}"]
-    return [f"{run} --machine_rank {k} {shlex.quote(script)}" for k in range(config.nodes)]
+    start = f"{before}accelerate launch --config_file {shlex.quote(str(path))}"
+    if config.nodes == 1: return [f"{start} {shlex.quote(script)}"]
+    return [f"{start} --machine_rank {k} {shlex.quote(script)}" for k in range(config.nodes)]
 
 
 def text(config: Config, path: str = "accelerate.yaml", script: str = "train.py") -> str:
@@ -408,64 +409,6 @@ def rehearsal(config: str | Path, script: str | Path, *options: str) -> tuple[li
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
             *options, "-m", "nbs_lib.launch", str(script)], {**os.environ, **own}
 
-# %% ../nbs/06c_launch.ipynb #launch-041
-def marked(mark: str) -> list[int]:
-    """The processes whose environment holds `mark` (Linux; elsewhere none)."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder/"environ").read_bytes(): found.append(int(folder.name))
-        except OSError: pass                                   # ended meanwhile, or another user's
-    return found
-
-
-def end(processes: list, mark: str, grace: float = 5) -> None:
-    """End launchers, which then end their ranks; after `grace` seconds whatever bears the mark is killed."""
-    import signal
-    import time
-
-    for p in processes:
-        if p.poll() is None: p.terminate()
-    until = time.monotonic() + grace
-    while any(p.poll() is None for p in processes) and time.monotonic() < until: time.sleep(0.05)
-    for pid in marked(mark):
-        try: os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-    for p in processes:
-        if p.poll() is None: p.kill()
-        p.wait()
-
-# %% ../nbs/06c_launch.ipynb #launch-042
-def run(commands: list[list[str]], env: dict[str, str] | None = None, limit: float = 60,
-        cwd: str | None = None) -> list[tuple[int | None, str]]:
-    """Run commands side by side; (exit code, output) of each, None where `limit` seconds were not enough. No
-    process that they started is left, not even one whose launcher died.
-    """
-    import subprocess
-    import tempfile
-    import time
-    import uuid
-
-    mark, outputs, processes = f"NBS_LAUNCH={uuid.uuid4().hex}", [], []
-    env = {**(os.environ if env is None else env), **dict([mark.split("=")])}
-    try:
-        for command in commands:
-            outputs.append(tempfile.TemporaryFile())
-            processes.append(subprocess.Popen(command, stdout=outputs[-1], stderr=subprocess.STDOUT, env=env,
-                                              cwd=cwd,
-                                              stdin=subprocess.DEVNULL, start_new_session=True))
-        until = time.monotonic() + limit
-        while any(p.poll() is None for p in processes) and time.monotonic() < until: time.sleep(0.05)
-        codes = [p.poll() for p in processes]
-    finally:
-        end(processes, mark)
-    texts = []
-    for output in outputs:
-        output.seek(0)
-        texts.append(output.read().decode(errors="replace"))
-        output.close()
-    return list(zip(codes, texts))
-
 # %% ../nbs/06c_launch.ipynb #launch-048
 def command(nodes: int, gpus_per_node: int, script: str, *arguments: str, host: str | None = None,
             port: int = 29400, job: str = "job", join_timeout: int = 300, backend: str = "nccl",
@@ -498,13 +441,6 @@ def check_processes(processes: int, backend: str, gpus: int) -> None:
         raise ValueError(f"{processes} processes on this machine, which has {gpus} GPU{'s'*(gpus > 1)}; "
                          f"accepted are at "
                          f"most {gpus}, one process a GPU.")
-
-# %% ../nbs/06c_launch.ipynb #launch-052
-def free_port() -> int:
-    """A TCP port that nobody uses now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 # %% ../nbs/06c_launch.ipynb #launch-056
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -158,10 +158,11 @@ class Settings:
         return self.shard_size if self.strategy == "hybrid_shard" else self.world_size
 
 # %% ../nbs/03_memory.ipynb #memory-017
-def whole(name: str, x: Any, high: int, low: int = 1) -> int:
-    """x if it is a whole number from low to high; else ValueError."""
-    if type(x) is not int or not low <= x <= high:
-        raise ValueError(f"{name} is {x!r}; accepted is a whole number from {low} to {high:,}.")
+def whole(name: str, x: Any, high: int | None = None, low: int = 1) -> int:
+    """x if it is a whole number from low to high (None: no end); else ValueError."""
+    if type(x) is not int or x < low or (high is not None and x > high):
+        end = "" if high is None else f" to {high:,}"
+        raise ValueError(f"{name} is {x!r}; accepted is a whole number from {low}{end}.")
     return x
 
 

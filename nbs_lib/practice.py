@@ -24,16 +24,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .collectives import here
 from .gpt import GPT, Block, GPTConfig, batches, text
 from .hardware import gpu
 from .kernels import Card
 
 # %% auto #0
 __all__ = ['Policy', 'WAYS', 'KINDS', 'RUN', 'check_policy', 'wrapped', 'Unit', 'check_ranks', 'units', 'Schedule', 'Replay',
-           'Step', 'check_reshard', 'check_count', 'replayed', 'schedule', 'Ledger', 'Gathered', 'shard', 'here',
-           'counted', 'refused', 'with_host', 'adamw_rate', 'host_models', 'load', 'HostPeak', 'loaded', 'one',
-           'precisions', 'begin', 'fsdp2_precisions', 'accelerate_precisions', 'save_sharded', 'load_sharded', 'whole',
-           'differences', 'fresh', 'advance', 'interrupted', 'resumed', 'own_file']
+           'Step', 'check_reshard', 'check_count', 'replayed', 'schedule', 'Ledger', 'Gathered', 'shard', 'counted',
+           'refused', 'with_host', 'adamw_rate', 'host_models', 'load', 'HostPeak', 'loaded', 'one', 'precisions',
+           'begin', 'fsdp2_precisions', 'accelerate_precisions', 'save_sharded', 'load_sharded', 'whole', 'differences',
+           'fresh', 'advance', 'interrupted', 'resumed', 'own_file']
 
 # %% ../nbs/06b_practice.ipynb #practice-005
 Policy = type | tuple | int | None
@@ -321,12 +322,6 @@ def shard(model: nn.Module, policy: Policy, reshard: bool | int = True, root_res
         if ahead: m.set_modules_to_forward_prefetch(line[i + 1:i + 1 + ahead])
         if behind is not None: m.set_modules_to_backward_prefetch(line[max(0, i - behind):i][::-1])
     return model
-
-
-def here() -> torch.device:
-    """This rank's device: its GPU under NCCL, else the CPU."""
-    if dist.get_backend() != "nccl": return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def counted(config: GPTConfig, policy: Policy, **settings: Any) -> Schedule:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 
 KINDS = ("parameters", "gradients", "optimizer", "gathered", "buckets")
@@ -38,8 +38,8 @@ class Event:
 
 # %% auto #0
 __all__ = ['KINDS', 'LANES', 'ACCEPTED', 'SHORT', 'STACK', 'LOOKS', 'OTHERS', 'SAYS', 'Event', 'Diary', 'check', 'Timed',
-           'Record', 'Span', 'spans', 'union', 'overlapped', 'one_step', 'begins', 'together', 'find', 'holdings',
-           'holdings_strip', 'timeline', 'sentence', 'step_through']
+           'Record', 'Silent', 'Span', 'spans', 'union', 'overlapped', 'one_step', 'begins', 'together', 'find',
+           'holdings', 'holdings_strip', 'timeline', 'sentence', 'step_through']
 
 # %% ../nbs/05c_records.ipynb #records-005
 class Diary:
@@ -233,6 +233,16 @@ def _by_kind(now: dict[tuple[str, str], Event]) -> dict[str, int]:
     counts = Counter()
     for (kind, _), e in now.items(): counts[kind] += e.nbytes
     return {k: counts[k] for k in KINDS if k in counts}
+
+
+class Silent:
+    """The record of those who keep none: whatever is called does nothing, also in a `with`. False, where Record is true."""
+    def __bool__(self) -> bool: return False
+    def __contains__(self, _) -> bool: return False
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"): raise AttributeError(name)                  # copy and pickle ask for these
+        return lambda *_, **__: nullcontext()
 
 # %% ../nbs/05c_records.ipynb #records-016
 @dataclass(frozen=True)

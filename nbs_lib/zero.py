@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .records import Record
+from .collectives import all_gather_into, need_group, reduce_scatter_into
+from .records import Record, Silent
 
 ZERO = ("zero1", "zero2", "zero3")
 
 # %% auto #0
-__all__ = ['ZERO', 'part', 'own', 'one_of_zero', 'held_bytes', 'wire_bytes', 'Piece', 'named_places', 'find_blocks', 'units',
-           'check_model', 'check_group', 'elementwise', 'check_optimizer', 'by_unit', 'buckets', 'Diary', 'Divided',
+__all__ = ['ZERO', 'Owner', 'part', 'own', 'one_of_zero', 'held_bytes', 'wire_bytes', 'Piece', 'Home', 'find_blocks', 'homes',
+           'unit_name', 'check_model', 'elementwise', 'check_optimizer', 'by_unit', 'buckets', 'UnitRecord', 'Divided',
            'Reducing', 'Zero1', 'clip', 'check_frozen', 'state_bytes', 'lay_out', 'Zero2', 'Unit', 'Gathering',
            'watched', 'After', 'Zero3']
 
@@ -74,7 +75,7 @@ class Piece:
     name) that use it; more than one if it is tied.
     """
     name: str
-    places: list[tuple[nn.Module, str]]
+    places: list[Owner]
     whole: nn.Parameter
     flat: Tensor
     shard: nn.Parameter
@@ -93,37 +94,57 @@ class Piece:
         return self.flat.numel()*self.store.element_size()
 
 # %% ../nbs/06a_zero.ipynb #zero-016
-def named_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """By the name of each parameter, the modules that use it, with its name there."""
-    places: dict[int, list] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None: places.setdefault(id(p), []).append((module, name))
-    return {name: places[id(p)] for name, p in model.named_parameters()}
+Owner = tuple[nn.Module, str]     # where a parameter hangs: a module and its attribute
 
 
-def find_blocks(model: nn.Module, blocks: type | Iterable[nn.Module] | None) -> list[nn.Module]:
-    """The modules meant by `blocks`: all of a class, or those given. ValueError where there are none."""
-    if blocks is None: return []
-    if not isinstance(blocks, (type, tuple)): blocks = list(blocks)
-    if isinstance(blocks, type): found = [m for m in model.modules() if isinstance(m, blocks)]
-    else: found = [m for m in blocks if any(m is other for other in model.modules())]
+@dataclass
+class Home:
+    """Where a parameter is: the index of its unit (0 is the root), its names, its owners."""
+    unit: int
+    names: list[str]
+    owners: list[Owner]
+
+
+def find_blocks(module: nn.Module, blocks: type | Iterable[nn.Module] | None) -> list[nn.Module]:
+    """The modules that are units. blocks: a class, or modules; None: the entries of the longest nn.ModuleList.
+
+    Raises ValueError where there are none, one is not in the module, is the module, or is in another.
+    """
+    inside = list(module.modules())
+    if blocks is None:
+        lists = [m for m in inside if isinstance(m, nn.ModuleList)]
+        found = list(max(lists, key=len, default=[]))
+    elif isinstance(blocks, type): found = [m for m in inside if isinstance(m, blocks)]
+    else: found = list(blocks)
+    name = type(module).__name__
     if not found:
-        there = sorted({type(m).__name__ for m in model.modules()})
-        raise ValueError(f"blocks is {blocks!r}, and the model has none of them; accepted is the class of some "
-                         f"of its modules, or a list of them; its classes are {', '.join(there)}.")
+        what = f"no {blocks.__name__}" if isinstance(blocks, type) else "no nn.ModuleList with entries"
+        raise ValueError(f"blocks is {blocks!r}, and {name} has {what}; accepted are a class or modules that it has.")
+    for b in found:
+        if b is module or not any(b is m for m in inside):
+            raise ValueError(f"blocks has a {type(b).__name__} that is not inside {name}; accepted are parts of it.")
+        if any(b is not other and b in set(other.modules()) for other in found):
+            raise ValueError(f"blocks has a {type(b).__name__} inside another block; accepted are blocks side by side.")
+    return found
+
+# %% ../nbs/06a_zero.ipynb #zero-016a
+def homes(module: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Parameter, Home]:
+    """Each parameter's home, in the order of named_parameters()."""
+    unit = {m: i for i, b in enumerate(blocks, 1) for m in b.modules()}
+    found: dict[nn.Parameter, Home] = {}
+    for path, m in module.named_modules(remove_duplicate=False):
+        for attribute, p in m._parameters.items():
+            if p is None: continue
+            home = found.setdefault(p, Home(unit.get(m, 0), [], []))
+            home.names.append(f"{path}.{attribute}".lstrip("."))
+            home.owners.append((m, attribute))
+            if unit.get(m, 0) != home.unit: home.unit = 0
     return found
 
 
-def units(model: nn.Module, blocks: list[nn.Module]) -> dict[str, str]:
-    """By the name of each parameter, its unit: "block 0", "block 1", …, or "root" where it is in no block or in
-    several.
-    """
-    found: dict[int, list[int]] = {}
-    for i, block in enumerate(blocks):
-        for p in block.parameters(): found.setdefault(id(p), []).append(i)
-    at = {name: found.get(id(p), []) for name, p in model.named_parameters()}
-    return {name: f"block {numbers[0]}" if len(numbers) == 1 else "root" for name, numbers in at.items()}
+def unit_name(unit: int) -> str:
+    """"root", "block 0", "block 1", …"""
+    return f"block {unit - 1}" if unit else "root"
 
 # %% ../nbs/06a_zero.ipynb #zero-019
 def check_model(model: nn.Module) -> None:
@@ -135,13 +156,6 @@ def check_model(model: nn.Module) -> None:
     if taken: raise ValueError(f"model is divided or wrapped already ({taken[0]}); accepted is a plain module.")
     if not any(p.requires_grad for p in parameters):
         raise ValueError(f"model is {kind} without parameters that are trained; accepted is one that has some.")
-
-
-def check_group() -> None:
-    """Refuse to begin without ranks."""
-    if not dist.is_initialized():
-        raise RuntimeError("there is no process group: call torch.distributed.init_process_group first, on "
-                           "each rank.")
 
 
 def elementwise(optimizer: Callable, device: torch.device, **options) -> bool:
@@ -188,15 +202,15 @@ def buckets(pieces: list[Piece]) -> list[list[Piece]]:
     return list(groups.values())[::-1]
 
 # %% ../nbs/06a_zero.ipynb #zero-023
-class Diary:
+class UnitRecord:
     """Writes a rank's holdings into a record, if there is one: by unit, as sums over what is held in its name."""
 
     def __init__(self, record: Record | None, ranks: int):
-        self.record, self.ranks, self.parts = record, ranks, {}
+        self.record, self.ranks, self.parts = record or Silent(), ranks, {}
 
     def hold(self, kind: str, unit: str, new: dict[str, tuple[int, int]]) -> None:
         """Under each of these keys the unit now holds (bytes, bytes of all of what they are a share of); 0: nothing."""
-        if self.record is None: return
+        if not self.record: return
         before = self.parts.get((kind, unit), {})
         after = {k: v for k, v in (before | new).items() if v[0]}
         if after == before: return
@@ -208,21 +222,17 @@ class Diary:
         """The unit holds nothing of this kind any more."""
         self.hold(kind, unit, dict.fromkeys(self.parts.get((kind, unit), {}), (0, 0)))
 
-    def mark(self, phase: str) -> None:
-        if self.record is not None: self.record.mark(phase)
-
     def sent(self, op: str, part_bytes: int) -> None:
         """A ring has passed on N−1 parts."""
-        if self.record is not None: self.record.sent(op, (self.ranks - 1)*part_bytes)
+        self.record.sent(op, (self.ranks - 1)*part_bytes)
 
-    def begin(self, lane: str, name: str) -> int | None:
-        return None if self.record is None else self.record.begin(lane, name)
+    def end(self, span: int | None) -> None:
+        """None: there was none, as for the root."""
+        if span is not None: self.record.end(span)
 
-    def end(self, number: int | None) -> None:
-        if number is not None: self.record.end(number)
-
-    def span(self, lane: str, name: str):
-        return contextlib.nullcontext() if self.record is None else self.record.span(lane, name)
+    def __getattr__(self, name: str):
+        """mark, begin and span are the record's."""
+        return getattr(self.record, name)
 
 # %% ../nbs/06a_zero.ipynb #zero-025
 class Divided:
@@ -230,26 +240,27 @@ class Divided:
 
     optimizer: a class of torch's kind, or a function of a list of parameters; options go to it. blocks: a class, or
     modules, whose gradients travel together; other parameters' go one by one. record: written to as it works.
-    The ranks begin with rank 0's parameters. Raises ValueError for what it cannot do, RuntimeError without a
-    process group.
+    The ranks begin with rank 0's parameters. Raises ValueError for what it cannot do, and without a process
+    group.
     """
     def __init__(self, model: nn.Module, optimizer: Callable, blocks: type | Iterable[nn.Module] | None = None,
                  group: dist.ProcessGroup | None = None, record: Record | None = None, **options):
-        check_group(), check_model(model)
+        need_group(), check_model(model)
         self.model, self.group = model, group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.blocks, self.diary = find_blocks(model, blocks), Diary(record, self.ranks)
-        self.pieces = self._divide(units(model, self.blocks))
+        self.blocks = [] if blocks is None else find_blocks(model, blocks)
+        self.diary = UnitRecord(record, self.ranks)
+        self.pieces = self._divide()
         self.trained = [p for p in self.pieces if p.trained]
         check_optimizer(optimizer, self.trained[0].store.device, **options)
         self.optimizer = optimizer([p.shard for p in self.trained], **options)
         self._listen()
 
-    def _divide(self, unit_of: dict[str, str]) -> list[Piece]:
-        places = named_places(self.model)
+    def _divide(self) -> list[Piece]:
+        found = homes(self.model, self.blocks)
         for t in self.model.buffers(): dist.broadcast(t, group=self.group, group_src=0)
         named = [*self.model.named_parameters()]
-        return [self._piece(name, p, places[name], unit_of[name]) for name, p in named]
+        return [self._piece(name, p, found[p].owners, unit_name(found[p].unit)) for name, p in named]
 
     def _piece(self, name: str, p: nn.Parameter, places: list, unit: str) -> Piece:
         """The parameter moves into a padded tensor, and the shard is a part of that."""
@@ -347,14 +358,15 @@ class Zero1(Reducing):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients so that their norm over the whole model is at most max_norm; returns what it was."""
-        return clip(self.trained, max_norm, self.group)
+        gradients = [p.shard.grad for p in self.trained if p.shard.grad is not None]
+        return clip(gradients, max_norm, partial(dist.all_reduce, group=self.group))
 
     def step(self) -> None:
         """The optimizer changes this rank's parts; then every rank gets the others'."""
         check_frozen(self.pieces)
         self.diary.mark("step")
         with self.diary.span("compute", "step"): self.optimizer.step()
-        if self.diary.record is not None:
+        if self.diary.record:
             for unit, pieces in by_unit(self.trained).items():
                 self.diary.hold("optimizer", unit, {p.name: state_bytes(self.optimizer, p) for p in pieces})
         self._spread()
@@ -365,7 +377,7 @@ class Zero1(Reducing):
     def _all_gather(self, pieces: list[Piece]) -> None:
         """Fill whole parameters from all ranks' parts."""
         parts = [p.store.to(p.flat.dtype) for p in pieces]
-        works = [dist.all_gather_into_tensor(p.flat, mine, group=self.group, async_op=True)
+        works = [all_gather_into(p.flat, mine, group=self.group, async_op=True)
                  for p, mine in zip(pieces, parts)]
         self.diary.sent("all_gather", sum(mine.nbytes for mine in parts))
         for work in works: work.wait()
@@ -377,19 +389,18 @@ class Zero1(Reducing):
             self.diary.forget("gradients", unit)
 
 # %% ../nbs/06a_zero.ipynb #zero-030
-def clip(pieces: list[Piece], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Scale the shards' gradients so that their norm over all ranks is at most max_norm; returns what it was.
+def clip(gradients: list[Tensor], max_norm: float, add: Callable[[Tensor], None]) -> Tensor:
+    """Scale a rank's parts of gradients so that their norm over all ranks is at most max_norm; returns what it was.
 
-    As torch.nn.utils.clip_grad_norm_ does with whole gradients, 10⁻⁶ included. ValueError unless max_norm > 0.
+    add: sums a tensor, in place, over the ranks among which they are divided. As torch.nn.utils.clip_grad_norm_ does with
+    whole gradients, 10⁻⁶ included. ValueError unless max_norm > 0, or without gradients.
     """
     if not max_norm > 0: raise ValueError(f"max_norm is {max_norm!r}; accepted is a number above 0.")
-    gradients = [p.shard.grad for p in pieces if p.shard.grad is not None]
-    if not gradients: raise ValueError("there are no gradients to clip; call it between backward and step.")
+    if not gradients: raise ValueError("there are no gradients to clip; call it between backward and step, outside of no_sync.")
     squares = torch.stack([g.float().square().sum() for g in gradients]).sum()
-    dist.all_reduce(squares, group=group)
+    add(squares)
     norm = squares.sqrt()
-    scale = (max_norm/(norm + 1e-6)).clamp(max=1.0)
-    for g in gradients: g.mul_(scale)
+    torch._foreach_mul_(gradients, (max_norm/(norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -443,7 +454,7 @@ class Zero2(Zero1):
         self.diary.hold("gradients", unit, {p.name: (0, 0) for p in bucket})
         self.diary.hold("buckets", unit, {name: (both, both)})
         rows.mul_(1/self.ranks)
-        work = dist.reduce_scatter_tensor(out, rows.view(-1), group=self.group, async_op=True)
+        work = reduce_scatter_into(out, rows.view(-1), group=self.group, async_op=True)
         self.diary.sent("reduce_scatter", out.nbytes)
         self._flying = [(work, bucket, span, rows, out)]
 

@@ -23,6 +23,13 @@ def pytest_addoption(parser):
     parser.addoption("--site", default=None, help="the rendered site to test (default: one built now, with Pandoc); a Quarto-made one passes the same tests")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """CI gives a failed test a second try, since real processes, ports and browsers can be late on a busy machine; what failed first is shown."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"failed at first: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
+
+
 @pytest.fixture(scope="session")
 def site(request, tmp_path_factory) -> Path:
     """The folder of the rendered site."""
@@ -63,3 +70,22 @@ def browser():
         chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"])
         yield chromium
         chromium.close()
+
+
+def _world(ranks: int):
+    from nbs_lib.course.world import World
+
+    with World(ranks, backend="gloo") as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two ranks on the CPU, for a whole module of tests."""
+    yield from _world(2)
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Four ranks on the CPU, for a whole module of tests."""
+    yield from _world(4)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib import collectives as c
-from nbs_lib.course.ranks import environment
+from nbs_lib.course.processes import environment
 from nbs_lib.course.world import RankError, World
 
 RANKS = 4

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from nbs_lib import collectives
-from nbs_lib.course.world import World
 from nbs_lib.ddp import DDP, Bucket, MiB, assign, shard_batch, trained
 from nbs_lib.gpt import GPT, GPTConfig, batches, text
 from nbs_lib.memory import rounded, train_memory
@@ -23,18 +22,6 @@ LLAMA = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_at
              max_position_embeddings=64, attn_implementation="eager")
 GPT2 = dict(n_layer=2, n_head=4, n_embd=128, vocab_size=256, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
             eos_token_id=0, attn_implementation="eager")
-
-
-@pytest.fixture(scope="module")
-def two():
-    with World(2, backend="gloo") as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def four():
-    with World(4, backend="gloo") as world:
-        yield world
 
 
 # --- what ranks run

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import nbs_lib.fsdp as lib
-from nbs_lib.course.world import RankError, World
+from nbs_lib.course.world import RankError
 from nbs_lib.fsdp import FSDP, clip_grad_norm, full_state_dict, load_full_state_dict
 from nbs_lib.gpt import GPT, GPTConfig, batches, text
 
@@ -411,16 +411,6 @@ def a_full_state(): return full_state_dict(FSDP(make("gpt", seed=3)))
 
 # --- the tests --------------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def two():
-    with World(2, backend="gloo", patience=240) as world: yield world
-
-
-@pytest.fixture(scope="module")
-def four():
-    with World(4, backend="gloo", patience=240) as world: yield world
-
-
 BITWISE = [("gpt", "FULL_SHARD", {}), ("gpt", "SHARD_GRAD_OP", {}), ("gpt", "NO_SHARD", {}), ("llama", "FULL_SHARD", {}),
            ("tied llama", "SHARD_GRAD_OP", {}), ("gpt2", "FULL_SHARD", {}),
            ("llama", "FULL_SHARD", dict(bf16=True)), ("llama", "NO_SHARD", dict(bf16=True)),
@@ -528,7 +518,7 @@ def test_prefetch_and_overlap_in_the_record(two):
     ("no blocks", ("blocks is None", "no nn.ModuleList")), ("block class", ("Conv2d", "GPT has no")),
     ("foreign block", ("Linear", "not inside GPT")), ("twice", ("wrapped already",)), ("inner twice", ("wrapped already",)),
     ("no module", ("module is a str",)), ("fp16", ("float16", "scaler")), ("meta", ("tokens.weight", "meta")),
-    ("no gradients", ("after backward",)), ("no record", ("no record",)), ("missing weight", ("state has no tokens.weight",)),
+    ("no gradients", ("between backward and step",)), ("no record", ("no record",)), ("missing weight", ("state has no tokens.weight",)),
     ("wrong shape", ("norm.weight", "(3,)", "(36,)")), ("stale optimizer", ("SGD was made before FSDP",)),
     ("a part", ("blocks.0.up.", "not gathered", "Call the model")), ("no tensor", ("block 0", "dict without tensors"))])
 def test_bad_input_is_a_sentence(two, case, words):

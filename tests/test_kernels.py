@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nbs_lib.card import tiny
-from nbs_lib.course.built import build
+from nbs_lib.course.measure.built import build
 from nbs_lib.hardware import gpus
 from nbs_lib.kernels import (CLASSES, DTYPE, Card, Grid, achieved, between, busy, card, kernels, moved, profiled, read_card, rising,
                              seconds)

@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
+from nbs_lib.course.lab_bench import SHARE, as_gpt2, largest, settled, small  # noqa: E402
 from nbs_lib.course.lab_ranks import OnRanks, changed, close_worlds, fails, lab_world, run_in, source_of  # noqa: E402
+from nbs_lib.gpt import GPT, GPTConfig  # noqa: E402
+from nbs_lib.memory import train_memory  # noqa: E402
 
 
 def trial(f, size):
@@ -83,20 +89,70 @@ def test_a_functions_text_is_found_where_it_was_defined():
     assert name == "only_first" and text.startswith("def only_first(x):")
 
 
-def test_slips_that_are_the_solution_but_for_one_thing():
-    twice = changed(mean, "x/dist", "2*x/dist")
+def test_slips_that_are_the_solution_but_for_a_thing_or_two():
+    twice = changed(mean, ("x/dist", "2*x/dist"))
     assert source_of(twice) == ("mean", source_of(mean)[1].replace("x/dist", "2*x/dist")) and not hasattr(twice, "fails")
-    assert changed(twice, "2*x", "3*x", "Deadlock").fails == "Deadlock"
+    assert changed(twice, ("2*x", "3*x"), mark="Deadlock").fails == "Deadlock"
+    both = changed(mean, ("x/dist", "2*x/dist"), ("2*x", "3*x"))
+    assert source_of(both) == source_of(changed(twice, ("2*x", "3*x"))) and "return 3*x/dist" in both.source
     with pytest.raises(ValueError, match="not in the text of mean"):
-        changed(mean, "dist.broadcast", "")
+        changed(mean, ("dist.broadcast", ""))
+    with pytest.raises(ValueError, match="not in the text of mean"):
+        changed(mean, ("x/dist", "x*dist"), ("x/dist", "x"))
+    with pytest.raises(ValueError, match="'dist.', which is 2 times in the text of mean"):
+        changed(mean, ("dist.", "torch.distributed."))
 
 
 def test_a_function_of_a_cell_runs_on_ranks_and_the_checks_own_functions_run_once(check):
     world = lab_world(2, "gloo")
-    thrice = changed(mean, "x/dist", "3*x/dist")
+    thrice = changed(mean, ("x/dist", "3*x/dist"))
     assert [x.tolist() for x in run_in(world, trial, thrice, 3)] == [[15.0, 18.0, 21.0]]*2
     counting, runs = OnRanks(mean, trial, [(total, "a sum"), (thrice, "three times")], "the mean", cases=((3,),), backend="gloo"), []
     world_run, world.run = world.run, lambda *a: runs.append(a) or world_run(*a)
     assert counting.judge(thrice).message == "three times" and len(runs) == 4
     assert counting.judge(thrice).message == "three times" and len(runs) == 5
     assert lab_world(2, "gloo") is world
+
+
+# --- what the labs run on ------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_model_that_fits_is_taken():
+    sizes = (((24, 16, 1024), 8), ((12, 12, 768), 2), ((12, 12, 768), 1))
+    found = [train_memory(as_gpt2(GPTConfig(*shape)), batch, 1024, "fp32", strategy="ddp", world_size=4) for shape, batch in sizes]
+    gpus = lambda *free: SimpleNamespace(ranks=4, run=lambda f: list(free))  # noqa: E731
+    for (shape, batch), t in zip(sizes, found):
+        enough = int(t.peak_any/SHARE) + 2
+        assert largest(sizes, "fp32", gpus(10*enough, enough, 10*enough)) == (GPTConfig(*shape), batch), "the GPU with least room decides"
+    with pytest.raises(MemoryError, match="0.9 GiB free"):
+        largest(sizes, "fp32", gpus(int(0.9*2**30)))
+
+
+def test_room_for_several_models_is_for_all_that_they_hold():
+    sizes, parameters = (((24, 16, 1024), 8), ((12, 12, 768), 1)), sum(p.numel() for p in bare(GPTConfig(24, 16, 1024)).parameters())
+    alone = train_memory(as_gpt2(GPTConfig(24, 16, 1024)), 8, 1024, "fp32", strategy="ddp", world_size=2).peak_any
+    idle = 4*parameters*(1 + 2 + 1)         # weights, AdamW's two moments, buckets
+    for extra, taken in ((0.99, sizes[1]), (1.01, sizes[0])):
+        world = SimpleNamespace(ranks=2, run=lambda f, extra=extra: [int((alone + 2*extra*idle)/SHARE)]*2)
+        assert largest(sizes, "fp32", world, models=3) == (GPTConfig(*taken[0]), taken[1])
+
+
+def bare(c):
+    with torch.device("meta"):
+        return GPT(c)
+
+
+def test_predictions_are_for_a_model_with_the_same_parameters():
+    c = GPTConfig(6, 4, 128, 1000, 64)
+    assert as_gpt2(c).parameters == sum(p.numel() for p in bare(c).parameters())
+    assert small(c) == GPTConfig(4, 4, 128, 1000, 64) and small(small(c)) == small(c)
+
+
+def test_a_count_waits_until_it_is_at_its_least():
+    counts = iter([9, 9, 4] + [5]*100)
+    assert settled(lambda: next(counts)) == 4
+
+
+def test_the_labs_plumbing_comes_without_torch():
+    asked = "import sys, nbs_lib.course.lab_bench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked]).returncode == 0

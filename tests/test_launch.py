@@ -202,6 +202,11 @@ def losses(output: str) -> list[float]:
     return [float(line.split()[1]) for line in output.splitlines() if line.startswith("loss ")]
 
 
+def told(answers) -> str:
+    """All that launches said, for a message that pytest does not shorten."""
+    return "\n".join(f"--- exit code {code}\n{output}" for code, output in answers)
+
+
 def test_what_accelerate_launches_computes_what_one_process_computes(tmp_path):
     """Hybrid sharding over 2×2 ranks, and DDP over two machines, which are two launches here, with checks before."""
     port = launch.free_port()
@@ -216,7 +221,7 @@ def test_what_accelerate_launches_computes_what_one_process_computes(tmp_path):
     runs = [launch.rehearsal(tmp_path/"hybrid.yaml", tmp_path/"train4.py")]
     runs += [launch.rehearsal(tmp_path/"two.yaml", tmp_path/"train2.py", f"--machine_rank={k}") for k in (0, 1)]
     answers = launch.run([[sys.executable, str(tmp_path/"plain.py")], *(command for command, _ in runs)], env=runs[0][1], limit=110)
-    assert [code for code, _ in answers] == [0]*4, answers
+    assert [code for code, _ in answers] == [0]*4, told(answers)
     one, sharded, ddp, second = (losses(output) for _, output in answers)
     assert len(one) == 3 and one[0] != one[1] and second == ddp      # print is for each machine's first
     assert sharded == pytest.approx(one, abs=1e-5) and ddp == pytest.approx(one, abs=1e-5)
@@ -260,7 +265,7 @@ def torchrun(path, *arguments, ranks):
 def test_two_nodes_meet_and_sum(tmp_path):
     (tmp_path/"job.py").write_text(JOB)
     answers = launch.run(torchrun(tmp_path/"job.py", ranks=2), env=ENV, limit=60)
-    assert [code for code, _ in answers] == [0, 0], answers
+    assert [code for code, _ in answers] == [0, 0], told(answers)
     said = sorted(line for _, output in answers for line in output.splitlines() if line.startswith("rank"))
     assert said == [f"rank {r} of 4 node {r//2} sum 10" for r in range(4)]
 
@@ -270,7 +275,7 @@ def test_a_rank_that_dies_ends_the_other_node_within_seconds(tmp_path, dies):
     (tmp_path/"job.py").write_text(JOB)
     began = time.monotonic()
     answers = launch.run(torchrun(tmp_path/"job.py", dies, ranks=1), env=ENV, limit=60)
-    assert [code for code, _ in answers] == [1, 1] and time.monotonic() - began < 40
+    assert [code for code, _ in answers] == [1, 1] and time.monotonic() - began < 40, told(answers)
     dead = next(i for i, (_, output) in enumerate(answers) if "SIGKILL" in output)
     assert "onnection" in answers[1 - dead][1] and "SIGKILL" not in answers[1 - dead][1]
 
@@ -331,6 +336,6 @@ def test_deepspeed_runs_its_file_on_cpu_ranks(tmp_path, strategy, precision):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", "deepspeed.json"]
     env = {**ENV, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(launch.__file__).parents[1])}
     answers = launch.run([[sys.executable, "plain.py"], torchrun], env=env, limit=110, cwd=str(tmp_path))
-    assert [code for code, _ in answers] == [0, 0], answers
+    assert [code for code, _ in answers] == [0, 0], told(answers)
     one, ours = (losses(output) for _, output in answers)
     assert len(one) == 3 and ours == pytest.approx(one, abs=1e-5 if precision == "fp32" else 0.03)

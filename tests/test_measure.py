@@ -15,11 +15,11 @@ import transformers
 from test_cli import fake_smi, nbs
 
 from nbs_lib.course import measure
-from nbs_lib.course.built import blocks, hollow, lay_down
+from nbs_lib.course.measure.built import blocks, hollow, lay_down
 from nbs_lib.course.cli import parser
 from nbs_lib.course.measure import build, transformers_config
-from nbs_lib.course.ranks import Failed, Server
-from nbs_lib.course.step import infer, train
+from nbs_lib.course.measure.server import Failed, Server
+from nbs_lib.course.measure.step import infer, train
 from nbs_lib.models import MODELS, arch
 
 TINY = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
@@ -128,7 +128,7 @@ def measuring() -> set[int]:
     """Ids of this process's measuring processes and theirs."""
     out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
     rows = [(int(pid), int(parent), args) for pid, parent, args in (line.split(None, 2) for line in out.splitlines()[1:])]
-    servers = {pid for pid, parent, args in rows if "nbs_lib.course.ranks" in args and parent == os.getpid()}
+    servers = {pid for pid, parent, args in rows if "nbs_lib.course.measure.server" in args and parent == os.getpid()}
     return {pid for pid, parent, _ in rows if parent in servers}
 
 
@@ -152,7 +152,7 @@ def test_a_row_past_its_limit_is_ended(server):
 
 
 def test_ranks_end_with_their_client():
-    code = ("import sys, json; from nbs_lib.course.ranks import Server; s = Server(['LlamaForCausalLM']); "
+    code = ("import sys, json; from nbs_lib.course.measure.server import Server; s = Server(['LlamaForCausalLM']); "
             "print(s.process.pid, flush=True); s.run(json.loads(sys.argv[1]), 60)")
     client = subprocess.Popen([sys.executable, "-c", code, json.dumps(job(fault=[0, 0, "hang"]))], stdout=subprocess.PIPE, text=True)
     theirs = int(client.stdout.readline())
@@ -182,7 +182,7 @@ def test_ranks_end_with_their_client():
 
 def test_fresh_processes_do_as_forked_ones():
     """Where an import has started CUDA in the server, ranks are not forked."""
-    from nbs_lib.course.ranks import conduct
+    from nbs_lib.course.measure.server import conduct
 
     ranks = conduct(job(strategy="ddp", world_size=2), 60, False)
     assert [r["losses"] for r in ranks] == [pytest.approx(x, abs=1e-3) for x in expected(2)]

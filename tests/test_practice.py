@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
 from nbs_lib import practice  # noqa: E402
-from nbs_lib.course.world import RankError, World  # noqa: E402
+from nbs_lib.course.world import RankError  # noqa: E402
 from nbs_lib.gpt import GPT, Block, GPTConfig  # noqa: E402
 from nbs_lib.kernels import card  # noqa: E402
 from nbs_lib.practice import Unit, schedule, units, wrapped  # noqa: E402
@@ -23,18 +23,6 @@ SMALL = GPTConfig(layers=3, heads=2, hidden=32, vocab=97, context=16)  # 97 rows
 NO_BIAS = GPTConfig(layers=2, heads=2, hidden=16, vocab=30, context=8, bias=False)
 
 TEXT = GPTConfig(layers=1, heads=2, hidden=18, vocab=131, context=8)  # rows that four ranks do not divide
-
-
-@pytest.fixture(scope="module")
-def four():
-    with World(4, backend="gloo") as w:
-        yield w
-
-
-@pytest.fixture(scope="module")
-def two():
-    with World(2, backend="gloo") as w:
-        yield w
 
 
 # --- called on ranks

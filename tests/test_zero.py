@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 from functools import partial
 
@@ -17,10 +16,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nbs_lib.course.world import World
 from nbs_lib.gpt import GPT, Block, GPTConfig
 from nbs_lib.records import Record
-from nbs_lib.zero import Zero1, Zero2, Zero3, buckets, check_optimizer, elementwise, held_bytes, lay_out, own, part, wire_bytes
+from nbs_lib.zero import Zero1, Zero2, Zero3, check_optimizer, elementwise, held_bytes, lay_out, own, part, wire_bytes
 
 STAGES = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
 STEPS = 10
@@ -291,16 +289,6 @@ def whole_again(kind: str) -> dict:
             "parts": all(apart[n] == own(p.numel(), dist.get_world_size(), rank) for n, p in plain.named_parameters())}
 
 
-@pytest.fixture(scope="module")
-def two():
-    with World(2, backend="gloo") as world: yield world
-
-
-@pytest.fixture(scope="module")
-def four():
-    with World(4, backend="gloo") as world: yield world
-
-
 # --- equal ------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["gpt", "gpt frozen", "gpt2", "llama"])
@@ -418,7 +406,7 @@ def test_gradients_are_laid_out_by_rank(sizes):
 def test_mistakes_are_answered_with_a_sentence(two):
     said = two.run(refused)[0]
     words = {"twice": "ValueError: model is divided or wrapped already (Zero1)", "twice 3": "(Zero3)", "ddp": "(DistributedDataParallel)", "fsdp2": "(DTensor)",
-             "frozen": "without parameters that are trained", "blocks": "its classes are Block, Embedding", "adafactor": "treats each number by itself",
+             "frozen": "without parameters that are trained", "blocks": "has no Conv2d; accepted are a class or modules that it has", "adafactor": "treats each number by itself",
              "no_sync": "RuntimeError: Zero2 keeps no whole gradients", "clip": "max_norm is 0; accepted is a number above 0", "too early": "between backward and step"}
     words |= {f"later {s}": "requires_grad of norm.weight is False and was True" for s in STAGES}
     assert set(said) == set(words)
@@ -427,7 +415,7 @@ def test_mistakes_are_answered_with_a_sentence(two):
 
 def test_without_a_process_group():
     assert not dist.is_initialized()
-    with pytest.raises(RuntimeError, match="no process group: call torch.distributed.init_process_group"): Zero1(build("gpt"), OPTIMIZERS["adamw"])
+    with pytest.raises(ValueError, match="no process group.*init_process_group"): Zero1(build("gpt"), OPTIMIZERS["adamw"])
 
 
 class Lamb(torch.optim.SGD):
@@ -458,8 +446,8 @@ LLAMA = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size
 def most_held(strategy: str, accumulation: int) -> int:
     """Runs on ranks: the most that a step with two tokens holds of parameters, gradients and buffers for them, as the record has it."""
     from nbs_lib import zero as z
-    from nbs_lib.course.built import blocks
-    from nbs_lib.course.built import build as built
+    from nbs_lib.course.measure.built import blocks
+    from nbs_lib.course.measure.built import build as built
     from nbs_lib.models import arch
     from nbs_lib.records import Record
 

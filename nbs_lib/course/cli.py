@@ -273,7 +273,7 @@ def run_measure(args) -> int:
     if args.json:
         print(json.dumps(row, indent=1))
     else:
-        from .measured import show
+        from .measure.printed import show
 
         show(row, bench.card)
     return 0

@@ -106,14 +106,19 @@ def fails(mark: str) -> Callable:
     return marked
 
 
-def changed(f: Callable, old: str, new: str, mark: str | None = None) -> Callable:
-    """f with a part of its text replaced: a slip that is the solution but for one thing. mark: as `fails` takes it. ValueError where f has no such part."""
+def changed(f: Callable, *changes: tuple[str, str], mark: str | None = None) -> Callable:
+    """f with parts of its text replaced, one (old, new) after the other: a slip that is the solution but for a thing or two. mark: as `fails` takes it.
+
+    ValueError where an old part is not there, or more than once.
+    """
     name, text = source_of(f)
-    if old not in text:
-        raise ValueError(f"old is {old!r}, which is not in the text of {name}.")
+    for old, new in changes:
+        if (times := text.count(old)) != 1:
+            raise ValueError(f"old is {old!r}, which is {f'{times} times' if times else 'not'} in the text of {name}; it must be there once.")
+        text = text.replace(old, new)
     space: dict[str, Any] = {}
-    exec(text.replace(old, new), space)
-    space[name].source = text.replace(old, new)
+    exec(text, space)
+    space[name].source = text
     return fails(mark)(space[name]) if mark else space[name]
 
 

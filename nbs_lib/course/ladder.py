@@ -8,7 +8,6 @@ takes longer than --limit, is a row with its error. Results are written after ea
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import importlib.util
 import json
@@ -20,6 +19,8 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+from .provenance import command_line, provenance
 
 SEQ, CHECKED, WARM_UP = 1024, 10, 3
 TINY = dict(layers=2, heads=2, hidden=64)  # --dry-run
@@ -199,20 +200,15 @@ def rates(a: argparse.Namespace) -> dict:
     return dict(rates=out, single=single)
 
 
-def provenance(a: argparse.Namespace) -> dict:
-    """Device, driver, versions, date, command, and which nanoGPT."""
-    import torch
-
-    smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
+def about(a: argparse.Namespace) -> dict:
+    """Where the rows come from; and which triton and which nanoGPT."""
     try:
         import triton
         version = triton.__version__
     except ImportError:
         version = "none"
     nano = hashlib.sha256(Path(a.nanogpt).read_bytes()).hexdigest() if a.nanogpt else ""
-    return {"device": torch.cuda.get_device_name(0), "driver, power limit, clock": smi, "torch": torch.__version__, "cuda": torch.version.cuda or "", "triton": version,
-            "cudnn": torch.backends.cudnn.version(), "python": sys.version.split()[0], "date": datetime.date.today().isoformat(), "seq": SEQ,
-            "nanogpt model.py sha256": nano, "command": "python3 -m nbs_lib.course.ladder " + " ".join(sys.argv[1:])}
+    return {**provenance(command_line("nbs_lib.course.ladder")), "triton": version, "seq": SEQ, "nanogpt model.py sha256": nano}
 
 
 def child(a: argparse.Namespace) -> None:
@@ -227,7 +223,7 @@ def child(a: argparse.Namespace) -> None:
     if sys.stdin.readline().strip() != "go":
         return
     if a.child == "rates":
-        row = dict(rates={}, single={}, provenance={"device": "a dry run"}) if a.dry_run else rates(a) | {"provenance": provenance(a)}
+        row = dict(rates={}, single={}, provenance={"device": "a dry run"}) if a.dry_run else rates(a) | {"provenance": about(a)}
     else:
         row = run_rung(a.child, start, a)
     print("\n" + json.dumps({"name": a.child, **row}), flush=True)

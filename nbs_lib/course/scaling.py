@@ -8,7 +8,6 @@ error. After the timings one step of each is profiled, for the pictures of compu
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -17,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable
+
+from .provenance import command_line, provenance
 
 MODELS = {  # sizes of nbs_lib.gpt.GPTConfig; batch of each rank
     "124m": (dict(layers=12, heads=12, hidden=768), 16),
@@ -191,18 +192,6 @@ def gather(row: dict, every: list[dict]) -> None:
             row[k] = every[0][k]
 
 
-def provenance() -> dict:
-    """Device, driver, versions, date, command."""
-    import torch
-
-    out = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "date": datetime.date.today().isoformat(), "cpus": os.cpu_count(),
-           "command": "python3 -m nbs_lib.course.scaling " + " ".join(sys.argv[1:])}
-    if torch.cuda.is_available():
-        smi = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"], capture_output=True, text=True).stdout
-        out |= {"device": torch.cuda.get_device_name(0), "nccl": ".".join(map(str, torch.cuda.nccl.version())), "driver, power limit, clock": smi.splitlines()[0] if smi else ""}
-    return out
-
-
 def summary(rows: list[dict]) -> list[str]:
     """Lines: tokens per second of all ranks, the ratio to one rank's share and to the twin, and the peak."""
     def rate(row: dict) -> float | None:
@@ -247,7 +236,7 @@ def main() -> None:
             part.unlink()
         if done.returncode:
             print(f"{ranks} ranks ended with exit status {done.returncode}; rows until then are kept.")
-        out.write_text(json.dumps({"provenance": provenance(), "models": {m: MODELS[m][0] for m in a.models}, "rows": rows}, indent=None))
+        out.write_text(json.dumps({"provenance": provenance(command_line("nbs_lib.course.scaling")), "models": {m: MODELS[m][0] for m in a.models}, "rows": rows}, indent=None))
     print(*summary(rows), sep="\n")
 
 

@@ -5,7 +5,6 @@ import html
 
 from ..hardware import gpus
 from ..memory import capacity, train_memory
-from ..models import arch
 
 COLOURS = ("#1d5fa8", "#b4500f", "#27744a", "#8a3f8f", "#8a6a00", "#3a7d8c", "#a03048", "#566170", "#1d2733")
 MODELS = ("gpt2", "bert-base-cased", "smollm2-135m", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b", "llama-3-8b", "llama-3-70b")

@@ -16,31 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from ..batches import schedule_position
-from ..collectives import Wire, all_reduce, bytes_sent, collective_seconds, in_a_row, measured_link, ring_picture
+from ..collectives import Wire, all_reduce, bytes_sent, collective_seconds, in_a_row, measured_link
 from ..course.figures import Table, table
 from ..course.lab import Choice, Function, Lab
-from ..course.lab_ranks import OnRanks, changed, close_worlds, lab_world, run_in
+from ..course.lab_bench import as_gpt2, device_here, fresh, largest, own_batches, rank_world, settled, small
+from ..course.lab_ranks import OnRanks, changed, lab_world, run_in
 from ..ddp import DDP, MiB, assign
-from ..gpt import GPT, GPTConfig, batches, text
+from ..gpt import GPT, GPTConfig
 from ..kernels import achieved
 from .memory import live_bytes
 from ..memory import train_memory
-from ..models import Arch, arch
 from ..roofline import Time, train_time
 
 lab = Lab("05_ddp", "Lab 5: data parallel")
+_all_ = ["rank_world", "small"]     # for the worksheet
 
 # %% auto #0
-__all__ = ['lab', 'SIZES', 'TENSOR', 'SAMPLES', 'PER_RANK', 'Bench', 'rank_world', 'free_bytes', 'as_gpt2', 'parameters', 'bench',
-           'counted', 'ring_bytes', 'ring_table', 'ring_states', 'complete', 'ring_trial', 'look', 'sizes_in_order',
-           'small', 'device_here', 'own_batches', 'fresh', 'all_reduces', 'hooks_trial', 'against', 'noted',
+__all__ = ['lab', 'SIZES', 'TENSOR', 'SAMPLES', 'PER_RANK', 'Bench', 'parameters', 'bench', 'counted', 'ring_bytes', 'ring_table',
+           'ring_states', 'complete', 'ring_trial', 'look', 'sizes_in_order', 'all_reduces', 'hooks_trial', 'against',
            'beside_torchs', 'mean_hook', 'compare', 'held', 'holdings', 'holdings_table', 'predicted_holdings', 'rates',
            'measured_rates', 'forgetting', 'Times', 'clock', 'step_of', 'times_on_rank', 'times', 'again',
-           'times_table', 'scaling', 'stored_scaling', 'ring_seen']
+           'times_table', 'scaling', 'stored_scaling', 'ring_seen', 'rank_world', 'small']
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-004
-#: What is trained on GPUs, from large to small: (layers, heads, hidden), sequences of a rank. The first is used whose predicted peak takes at
-#: most 60% of the memory that is free on every GPU.
+#: What is trained on GPUs, from large to small: (layers, heads, hidden), sequences of a rank. The first is used that fits, with the two other
+#: models that exercise 6 holds meanwhile; see nbs_lib.course.lab_bench.
 SIZES = (((24, 16, 2048), 4), ((24, 16, 1024), 8), ((12, 12, 768), 8), ((12, 12, 768), 1))
 
 
@@ -73,27 +73,6 @@ class Bench:
                 f"and {self.batch} × {c.context} tokens a step; buckets of {self.bucket/MiB:g} MiB")
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-005
-def rank_world() -> Any:
-    """The ranks of exercises 3, 4 and 6: NCCL with as many GPUs as there are (2, 4 or 8), else four on gloo."""
-    import torch
-
-    gpus = next((n for n in (8, 4, 2) if torch.cuda.device_count() >= n), 0)
-    return lab_world(gpus, "nccl") if gpus else lab_world(4, "gloo")
-
-
-def free_bytes() -> int:
-    """On a rank: what is free on its GPU."""
-    import torch
-
-    return torch.cuda.mem_get_info()[0]
-
-
-def as_gpt2(c: GPTConfig) -> Arch:
-    """The GPT-2 of transformers with the same tensors, for predictions."""
-    return arch(dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=c.hidden, n_layer=c.layers, n_head=c.heads, vocab_size=c.vocab,
-                     n_positions=c.context))
-
-
 def parameters(c: GPTConfig) -> int:
     """Parameters of a GPT of this size."""
     return as_gpt2(c).parameters
@@ -103,16 +82,9 @@ def parameters(c: GPTConfig) -> int:
 def bench() -> Bench:
     """What fits this machine: by the free memory of its GPUs, or small, on the CPU."""
     world = rank_world()
-    if world.backend == "nccl":
-        free = min(world.run(free_bytes))
-        for (layers, heads, hidden), batch in SIZES:
-            c = GPTConfig(layers=layers, heads=heads, hidden=hidden)
-            need = train_memory(as_gpt2(c), batch, c.context, "amp_bf16", strategy="ddp", world_size=world.ranks).peak_any
-            if need < 0.6*free:
-                return Bench("nccl", world.ranks, world.ranks, c, batch, 25*MiB)
-        raise MemoryError(f"the GPUs have {free/2**30:.1f} GiB free, which is too little for this lab; end what else runs there, or hide the GPUs "
-                          "(CUDA_VISIBLE_DEVICES=) and use the CPU.")
-    return Bench("gloo", world.ranks, 2, GPTConfig(layers=4, heads=4, hidden=256, vocab=128, context=64), 2, MiB//2)
+    if world.backend == "gloo":
+        return Bench("gloo", world.ranks, 2, GPTConfig(layers=4, heads=4, hidden=256, vocab=128, context=64), 2, MiB//2)
+    return Bench("nccl", world.ranks, world.ranks, *largest(SIZES, "amp_bf16", world, models=3), 25*MiB)
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-006
 # Exercises 1 and 2, on four ranks of gloo whatever the machine.
@@ -120,8 +92,10 @@ TENSOR = 12_000_000     # bytes
 
 
 @contextmanager
-def counted(method: str) -> Iterator[list[int]]:
-    """While it lasts: the bytes of each call of a process group's method ("send", "allreduce") by this rank, as a list that grows."""
+def counted(method: str, note: Callable = lambda tensors, *how: None) -> Iterator[list[int]]:
+    """While it lasts: the bytes of each call of a process group's method ("send", "allreduce") by this rank, as a list that grows. note: is given
+    what each call is given.
+    """
     import torch.distributed as dist
 
     group, sizes = dist.ProcessGroup, []
@@ -129,6 +103,7 @@ def counted(method: str) -> Iterator[list[int]]:
 
     def counting(self, tensors, *how, **more):
         sizes.append(sum(t.nbytes for t in tensors))
+        note(tensors, *how)
         return plain(self, tensors, *how, **more)
 
     setattr(group, method, counting)
@@ -199,37 +174,6 @@ def sizes_in_order() -> list[int]:
         return [p.nbytes for p in GPT(small(bench().config)).parameters()][::-1]
 
 
-def small(c: GPTConfig) -> GPTConfig:
-    """The same with four blocks at most, since exercise 3 holds three models at once."""
-    return GPTConfig(min(4, c.layers), c.heads, c.hidden, c.vocab, c.context)
-
-
-def device_here() -> Any:
-    """On a rank: where its tensors live."""
-    import torch
-    import torch.distributed as dist
-
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def own_batches(c: GPTConfig, batch: int) -> Iterator[tuple]:
-    """On a rank: endless (ids, targets), other ones than on the other ranks."""
-    import torch.distributed as dist
-
-    device = device_here()
-    for ids, targets in batches(text(2 if c.vocab > 128*256 else 1), batch, c.context, seed=dist.get_rank()):
-        yield ids.to(device), targets.to(device)
-
-
-def fresh(c: GPTConfig) -> Any:
-    """On a rank: a GPT, with the same weights on every rank."""
-    import torch
-
-    torch.manual_seed(0)
-    with device_here():
-        return GPT(c)
-
-
 def all_reduces(c: GPTConfig, limit: int) -> int:
     """On a rank: all-reduces of the course's DDP in a step, once buckets follow the order in which gradients came."""
     model, data = DDP(fresh(c), limit, limit), own_batches(c, 1)
@@ -257,19 +201,27 @@ def hooks_trial(attach: Callable, *limits: int) -> list[float]:
             dist.all_reduce(g.div_(dist.get_world_size()))
     for limit in limits:
         model, kept, running = fresh(c), [], []
+
+        def note(tensors, how=None):
+            kept.extend(map(weakref.ref, tensors))
+            running.append(getattr(how, "asyncOp", True))
+
+        def crowded():
+            left = {t.untyped_storage().data_ptr(): t.nbytes for r in kept if (t := r()) is not None}
+            return sum(left.values()) > sum(p.nbytes for p in model.parameters())
+
         finish = attach(model, limit)
         if not callable(finish):
             raise ValueError(f"attach gave {finish!r}; it should return the function finish.")
         for (ids, targets), wanted in zip(steps, means):
             model.zero_grad()
-            with counted("allreduce") as sizes, noted(kept, running):
+            with counted("allreduce", note) as sizes:
                 model(ids, targets).backward()
                 found.append(len(sizes))
                 finish()
             found += [len(sizes), sum(sizes)/1000, sum(running)]
             found += [x for p, g in zip(model.parameters(), wanted) for x in against(p.grad, g)]
-        left = {t.untyped_storage().data_ptr(): t.nbytes for r in kept if (t := r()) is not None}
-        found.append(float(sum(left.values()) > sum(p.nbytes for p in model.parameters())))
+        found.append(float(crowded() and settled(crowded)))
     return found
 
 
@@ -278,26 +230,6 @@ def against(mine: Any, wanted: Any) -> tuple[float, float]:
     if mine is None:
         raise ValueError("after finish() a parameter has no gradient; finish should leave the mean there.")
     return float((mine*wanted).sum()/(wanted*wanted).sum()), float((mine - wanted).norm()/wanted.norm())
-
-
-@contextmanager
-def noted(kept: list, running: list) -> Iterator[None]:
-    """While it lasts: a weak reference to each tensor that this rank all-reduces goes into `kept`, and whether it was with async_op into `running`."""
-    import torch.distributed as dist
-
-    group = dist.ProcessGroup
-    plain, own = group.allreduce, vars(group)["allreduce"]
-
-    def noting(self, tensors, *how, **more):
-        kept.extend(map(weakref.ref, tensors))
-        running.append(getattr(how[0], "asyncOp", True) if how else True)
-        return plain(self, tensors, *how, **more)
-
-    group.allreduce = noting
-    try:
-        yield
-    finally:
-        group.allreduce = own
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-010
 def beside_torchs(attach: Callable, c: GPTConfig, limit: int) -> dict[str, tuple[float, ...]]:
@@ -367,7 +299,7 @@ def held(way: str, c: GPTConfig, batch: int, steps: int = 2) -> dict[str, int]:
             optimizer.zero_grad()
             model(ids, targets).backward()
             optimizer.step()
-        return {"held": now() - before, "peak": (torch.cuda.max_memory_allocated() if gpu else meter.peak) - before}
+        return {"held": settled(now) - before, "peak": (torch.cuda.max_memory_allocated() if gpu else meter.peak) - before}
 
 
 @cache
@@ -441,8 +373,9 @@ def forgetting() -> Table:
 # Exercise 6.
 @dataclass(frozen=True)
 class Times:
-    """Seconds, of the slowest rank. apart: a step in which each rank trains by itself, all at once; backward: its backward pass; reduce: an
-    all-reduce of all gradients; last: of the last bucket; ddp, torch_ddp: a step with the course's DDP, and torch's.
+    """Seconds, medians over rounds, of the slowest rank. apart: a step in which each rank trains by itself, all at once; backward: its backward
+    pass, as what forward and backward take less what forward alone takes in the same round; reduce: an all-reduce of all gradients; last: of the
+    last bucket; ddp, torch_ddp: a step with the course's DDP, and torch's.
     """
 
     apart: float
@@ -474,8 +407,8 @@ def clock(call: Callable[[], Any], calls: int, group: Any) -> float:
     return (time.perf_counter() - began)/calls
 
 
-def step_of(way: str, c: GPTConfig, batch: int, group: Any, last: list) -> Callable[[bool], None]:
-    """On a rank: a call that does a training step, or only its forward pass. `last` is given the bytes of the last bucket."""
+def step_of(way: str, c: GPTConfig, batch: int, group: Any, last: list) -> Callable[..., None]:
+    """On a rank: a call that does a training step, or it until "forward" or "backward" is over. `last` is given the bytes of the last bucket."""
     import torch
 
     model, data = fresh(c), own_batches(c, batch)
@@ -487,13 +420,14 @@ def step_of(way: str, c: GPTConfig, batch: int, group: Any, last: list) -> Calla
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
     ids, targets = next(data)
 
-    def step(whole: bool = True) -> None:
+    def step(until: str = "step") -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
             loss = model(ids, targets)
-        if whole:
+        if until != "forward":
             loss.backward()
+        if until == "step":
             optimizer.step()
-            optimizer.zero_grad()
+        optimizer.zero_grad()
 
     for _ in range(3):
         step()
@@ -513,14 +447,15 @@ def times_on_rank(ranks: int, c: GPTConfig, batch: int, rounds: int, calls: int)
     last: list[int] = []
     steps = {way: step_of(way, c, batch, group, last) for way in ("apart", "ddp", "torch_ddp")}
     flat, part = (torch.zeros(n, device=device_here()) for n in (parameters(c), last[0]//4))
-    work = {**steps, "forward": lambda: steps["apart"](False), "reduce": lambda: dist.all_reduce(flat, group=group),
-            "last": lambda: dist.all_reduce(part, group=group)}
+    work = {**steps, "forward": lambda: steps["apart"]("forward"), "backward": lambda: steps["apart"]("backward"),
+            "reduce": lambda: dist.all_reduce(flat, group=group), "last": lambda: dist.all_reduce(part, group=group)}
     found: dict[str, list[float]] = {way: [] for way in work}
     for round_ in range(rounds + 1):
         for way, call in work.items():
             seconds = clock(call, calls, group)
             if round_:                                      # the first one warms up
                 found[way].append(seconds)
+    found["backward"] = [both - forward for both, forward in zip(found["backward"], found.pop("forward"))]
     slowest = torch.tensor([statistics.median(x) for x in found.values()], device=device_here())
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     return dict(zip(found, slowest.tolist()))
@@ -530,9 +465,7 @@ def times_on_rank(ranks: int, c: GPTConfig, batch: int, rounds: int, calls: int)
 def times() -> Times:
     """Measured when it is asked for first."""
     b = bench()
-    found = rank_world().run(times_on_rank, b.timed, b.config, b.batch, 6, 10 if b.device == "cuda" else 1)[0]
-    # backward takes twice a forward pass
-    return Times(backward=2*found.pop("forward"), **found)
+    return Times(**rank_world().run(times_on_rank, b.timed, b.config, b.batch, 6, 10 if b.device == "cuda" else 1)[0])
 
 
 def again() -> None:
@@ -567,13 +500,14 @@ def stored_scaling() -> Any:
         return "Not measured yet: nbs_lib/data/scaling_h100.json is not there. `python3 -m nbs_lib.course.scaling` makes it on a machine with GPUs."
     stored = json.loads(path.read_text(encoding="utf-8"))
     about, rows, found = stored["provenance"], [], {}
+    configs = {name: GPTConfig(**c) for name, c in stored["models"].items()}
     for r in stored["rows"]:
         if r.get("rounds") and r["way"] in ("single", "ddp", "torch ddp"):
             seconds = statistics.median([s for part in r["rounds"] for s in part])
-            found[r["model"], r["way"], r["ranks"]] = r["ranks"]*r["batch"]*stored["models"][r["model"]].get("context", 1024)/seconds, r
+            found[r["model"], r["way"], r["ranks"]] = r["ranks"]*r["batch"]*configs[r["model"]].context/seconds, r
     for (model, way, ranks), (rate, r) in found.items():
         alone = found.get((model, "single", 1), (None,))[0]
-        t = train_time(as_gpt2(GPTConfig(**stored["models"][model])), r["batch"], stored["models"][model].get("context", 1024), "amp_bf16", "adamw_fused",
+        t = train_time(as_gpt2(configs[model]), r["batch"], configs[model].context, "amp_bf16", "adamw_fused",
                        strategy="ddp" if ranks > 1 else "single", world_size=ranks)
         rows.append([model, way, ranks, f"{t.tokens_per_second:,.0f}", f"{rate:,.0f}", f"{rate/ranks/alone:.1%}" if alone else ""])
     print("Provenance:", ", ".join(f"{k} {about[k]}" for k in ("device", "torch", "nccl", "date", "command") if k in about))
@@ -639,7 +573,6 @@ def _ring_solution(x):
             coming.copy_(arrived)
 
 
-
 def _whole(x):
     rank, N = dist.get_rank(), dist.get_world_size()
     leaving, arrived = x.clone(), torch.empty_like(x)
@@ -673,18 +606,18 @@ lab.exercise(2, "complete parts after five steps", unit="parts",
     explain=OnRanks(
         _ring_solution, ring_trial, cases=((8,), (20,)), ranks=4, backend="gloo", slips=[
             (_nothing, "Nothing was sent, and x is as it was. Replace the dots."),
-            (changed(_ring_solution, "coming.copy_(arrived)", "coming += arrived"), "In the second half complete sums go round: they replace what is there. Added to it, numbers count twice."),
-            (changed(_ring_solution, "coming += arrived", "coming.copy_(arrived)"), "In the first half what arrives has to be added to the rank's own numbers; replacing them loses them."),
-            (changed(_ring_solution, "2*(N - 1)", "N - 1"), "That is a reduce-scatter: each rank has one complete part. The second half is missing, in which they go round."),
-            (changed(changed(_ring_solution, "(rank + 1)", "(rank + N - 1)"), "arrived, (rank - 1)", "arrived, (rank + 1)"), "The parts go round to the left, but the schedule is for the right: what arrives is another part than the one it is added to. With part r + step it would be a "
+            (changed(_ring_solution, ("coming.copy_(arrived)", "coming += arrived")), "In the second half complete sums go round: they replace what is there. Added to it, numbers count twice."),
+            (changed(_ring_solution, ("coming += arrived", "coming.copy_(arrived)")), "In the first half what arrives has to be added to the rank's own numbers; replacing them loses them."),
+            (changed(_ring_solution, ("2*(N - 1)", "N - 1")), "That is a reduce-scatter: each rank has one complete part. The second half is missing, in which they go round."),
+            (changed(_ring_solution, ("(rank + 1)", "(rank + N - 1)"), ("arrived, (rank - 1)", "arrived, (rank + 1)")), "The parts go round to the left, but the schedule is for the right: what arrives is another part than the one it is added to. With part r + step it would be a "
                          "ring, too."),
-            (changed(_ring_solution, "parts[(rank - step) % N], parts[(rank - step - 1) % N]", "parts[rank], parts[(rank - 1) % N]"), "Each rank sends the same part in every step. It should pass on the part that it has just added to."),
-            (changed(_ring_solution, "parts[(rank - step - 1) % N]", "parts[(rank - step) % N].view(-1)"), "What arrives is the left neighbour's part of this step, number r − 1 − step. It is added to part r − step here."),
-            (changed(changed(_ring_solution, "coming += arrived", "coming = coming + arrived"), "coming.copy_(arrived)", "coming = arrived"),
+            (changed(_ring_solution, ("parts[(rank - step) % N], parts[(rank - step - 1) % N]", "parts[rank], parts[(rank - 1) % N]")), "Each rank sends the same part in every step. It should pass on the part that it has just added to."),
+            (changed(_ring_solution, ("parts[(rank - step - 1) % N]", "parts[(rank - step) % N].view(-1)")), "What arrives is the left neighbour's part of this step, number r − 1 − step. It is added to part r − step here."),
+            (changed(_ring_solution, ("coming += arrived", "coming = coming + arrived"), ("coming.copy_(arrived)", "coming = arrived")),
              "The messages went round, but x is as it was. `parts[i] = …` gives a name to another tensor; change the part itself, with += or .copy_(…): it is a view of x."),
             (_whole, "The sums are right, but whole tensors went round: each rank sent (N − 1)·n bytes, not 2(N − 1)/N·n."),
             (_torchs, "The sums are right; they are torch's. Write it from sends and receives."),
-            (changed(changed(_ring_solution, "sending = dist.isend", "dist.send"), "        sending.wait()\n", "", "Deadlock"), "Every rank waits for its turn, and nobody's comes: dist.send returns when the other side receives, and dist.recv when it sends. Start the send with dist.isend, "
+            (changed(_ring_solution, ("sending = dist.isend", "dist.send"), ("        sending.wait()\n", ""), mark="Deadlock"), "Every rank waits for its turn, and nobody's comes: dist.send returns when the other side receives, and dist.recv when it sends. Start the send with dist.isend, "
                       "receive, then wait for the send.")],
         why="Everybody sends and receives at the same time, so all links are busy in every step, and each rank sends 2(N − 1)/N of its tensor: exercise 1, counted. NCCL's ring "
             "does the same in smaller pieces. After the first half you could stop and have a reduce-scatter; the second half alone is an all-gather. Chapter 6 needs them apart."))
@@ -725,6 +658,10 @@ def _hooks(model, limit):
 def _no_hooks(model, limit):
     return lambda: None
 
+
+# Bytes of the gradients of hooks_trial's model that come first, those of the last norm and of the last linear layer: so a bucket is just full.
+_FULL = 4*(2*32 + 4*32*32 + 32)
+
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-038
 lab.exercise(3, "all-reduces in a step", unit="all-reduces",
     misses=[(lambda: -(-sum(sizes_in_order())//bench().bucket), "Buckets are not cut at the limit: one is closed once it has reached it, and a tensor larger than the limit is a bucket of its "
@@ -738,21 +675,22 @@ lab.exercise(3, "all-reduces in a step", unit="all-reduces",
         "finish: if bucket: reduce_bucket(); then for parameters, flat, work in sent: work.wait(), and for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])): "
         "p.grad.copy_(mean.view_as(p)); at last sent.clear(). The count: one loop over sizes with total += s, and if total >= here.bucket: count += 1; total = 0."),
     explain=OnRanks(
-        _hooks, hooks_trial, cases=((16*1024, 10**9),), ranks=4, backend="gloo", tolerance=1e-3, slips=[
+        _hooks, hooks_trial, cases=((_FULL, 10**9),), ranks=4, backend="gloo", tolerance=1e-3, slips=[
             (_no_hooks, "Nothing was sent: each rank has its own gradients, and the copies of the model would drift apart. Replace the dots."),
-            (changed(_hooks, "for p in bucket])/N", "for p in bucket])"), "Those are sums over ranks. The loss is a mean over the batch, so gradients must be means: with N ranks the step would "
+            (changed(_hooks, ("for p in bucket])/N", "for p in bucket])")), "Those are sums over ranks. The loss is a mean over the batch, so gradients must be means: with N ranks the step would "
                                                                           "be N times too large, which SGD shows at once and AdamW hides."),
-            (changed(_hooks, "mean.view_as(p)", "mean.view_as(p)/N"), "Divided by N twice."),
-            (changed(_hooks, ">= limit", ">= 1"), "The means are right, but each tensor is sent by itself, whatever the limit: so many messages."),
-            (changed(_hooks, ">= limit", ">= 10**12"), "The means are right, but everything is sent after backward: nothing can overlap with it. A full bucket starts in arrived."),
-            (changed(changed(_hooks, "dist.all_reduce(flat, async_op=True)", "dist.all_reduce(flat)"), "            work.wait()\n", ""),
+            (changed(_hooks, ("mean.view_as(p)", "mean.view_as(p)/N")), "Divided by N twice."),
+            (changed(_hooks, (">= limit", ">= 1")), "The means are right, but each tensor is sent by itself, whatever the limit: so many messages."),
+            (changed(_hooks, (">= limit", "> limit")), "The means are right, but a bucket that holds just as many bytes as the limit is full, too: limit bytes *or more*."),
+            (changed(_hooks, (">= limit", ">= 10**12")), "The means are right, but everything is sent after backward: nothing can overlap with it. A full bucket starts in arrived."),
+            (changed(_hooks, ("dist.all_reduce(flat, async_op=True)", "dist.all_reduce(flat)"), ("            work.wait()\n", "")),
              "The means are right, but each all-reduce is waited for where it is started, and backward stands still meanwhile. With async_op=True it goes on; finish waits."),
-            (changed(_hooks, "if bucket:\n            reduce_bucket()", "bucket.clear()"), "What was in the last bucket was never sent: those gradients are each rank's own."),
-            (changed(_hooks, "p.grad.copy_(mean.view_as(p))", "mean.view_as(p)"), "The means were formed and not put back: torch.cat made a copy, so p.grad does not change by itself."),
-            (changed(_hooks, "p.grad.flatten() for p", "p.detach().flatten() for p"), "It is the weights that were averaged, and put where gradients belong. The weights are equal anyway, as long as the gradients are."),
-            (changed(_hooks, "        bucket.clear()\n", "", "no attribute 'nbytes'"), "The bucket is not emptied: each all-reduce takes along everything before it, and gradients that were sent already are sent again."),
-            (changed(_hooks, "        sent.clear()", "        pass"), "The means are right, but sent is never emptied: the buckets of all steps are kept, and memory grows by all gradients in every step."),
-            (changed(_hooks, "        flat =", "        if dist.get_rank() > 0:\n            return bucket.clear()\n        flat =", "Deadlock"), "A collective needs every rank: rank 0 waits in one that the others do not call, or calls it when "
+            (changed(_hooks, ("if bucket:\n            reduce_bucket()", "bucket.clear()")), "What was in the last bucket was never sent: those gradients are each rank's own."),
+            (changed(_hooks, ("p.grad.copy_(mean.view_as(p))", "mean.view_as(p)")), "The means were formed and not put back: torch.cat made a copy, so p.grad does not change by itself."),
+            (changed(_hooks, ("p.grad.flatten() for p", "p.detach().flatten() for p")), "It is the weights that were averaged, and put where gradients belong. The weights are equal anyway, as long as the gradients are."),
+            (changed(_hooks, ("        bucket.clear()\n", ""), mark="no attribute 'nbytes'"), "The bucket is not emptied: each all-reduce takes along everything before it, and gradients that were sent already are sent again."),
+            (changed(_hooks, ("        sent.clear()\n", "")), "The means are right, but sent is never emptied: the buckets of all steps are kept, and memory grows by all gradients in every step."),
+            (changed(_hooks, ("        flat =", "        if dist.get_rank() > 0:\n            return bucket.clear()\n        flat ="), mark="Deadlock"), "A collective needs every rank: rank 0 waits in one that the others do not call, or calls it when "
                                                                                                                      "they are at another. No rank may decide by its number.")],
         why="This is DDP: PyTorch's reducer does no more in kind. What it adds is speed and care: gradients are written into the bucket at once (gradient_as_bucket_view saves the copy back), "
             "buckets are rebuilt in the order in which gradients really came, and somebody looks after parameters that get no gradient and after no_sync. Chapter 5 writes those."))
@@ -791,10 +729,6 @@ lab.exercise(4, "what a rank holds under DDP", unit="bytes",
             "each rank's activations: it has fewer sequences."))
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-056
-def _prepared(k: int, N: int, total: int) -> float:
-    return max(0.0, 1 - schedule_position(k, N)/total)
-
-
 lab.exercise(5, "the rate after three global steps", unit="of the first rate",
     misses=[(lambda: 1 - 3/24, "That counts one step of the schedule for each global step. A prepared schedule moves by N, since N batches went by."),
             (lambda: 1 - 3/48, "The schedule counts batches of 2, not samples; and a prepared one moves by N in each global step."),

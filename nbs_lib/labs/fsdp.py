@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -18,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..course.figures import Table, table
 from ..course.lab import Choice, Function, Lab, Number, Stop
-from ..course.lab_ranks import OnRanks, fails, lab_world, run_in
+from ..course.lab_bench import device_here, fresh, largest, own_batches, rank_world, settled, small
+from ..course.lab_ranks import OnRanks, changed, lab_world, run_in
 from ..fsdp import FSDP, moved, unit_lengths
-from ..gpt import GPT, Block, GPTConfig, batches, text
+from ..gpt import GPT, Block, GPTConfig
 from .memory import live_bytes
-from ..memory import GiB, train_memory
-from ..models import Arch, arch
+from ..memory import GiB
+from ..models import arch
 from ..practice import Unit, counted, schedule, units
 from ..records import Record, one_step
 from ..zero import Zero1, Zero2, Zero3
@@ -31,22 +31,16 @@ from ..zero import Zero1, Zero2, Zero3
 lab = Lab("06_fsdp", "Lab 6: ZeRO and FSDP")
 
 # %% auto #0
-__all__ = ['lab', 'SIZES', 'SMALL', 'WAYS', 'OPTIMIZERS', 'STATES', 'STACK', 'DATA_PARALLEL', 'POLICIES', 'Bench', 'rank_world',
-           'free_bytes', 'as_gpt2', 'bench', 'bare', 'sizes', 'device_here', 'own_batches', 'fresh', 'fewer_blocks',
-           'Counted', 'alive', 'held_after_step', 'held_by', 'held_table', 'state_numbers', 'zero1_trial', 'written',
-           'equal', 'flattened', 'flat_gradient', 'stale_share', 'stale', 'zero1_beside', 'train_beside',
-           'scatter_trial', 'block_gradients', 'scattered', 'scatter_on_ranks', 'settled', 'linear_trial', 'stacked',
+__all__ = ['lab', 'SIZES', 'SMALL', 'WAYS', 'OPTIMIZERS', 'STATES', 'STACK', 'DATA_PARALLEL', 'POLICIES', 'Bench', 'bench',
+           'bare', 'Counted', 'alive', 'held_after_step', 'held_by', 'held_table', 'state_numbers', 'zero1_trial',
+           'written', 'equal', 'flattened', 'flat_gradient', 'stale_share', 'stale', 'zero1_beside', 'train_beside',
+           'scatter_trial', 'block_gradients', 'scattered', 'scatter_on_ranks', 'linear_trial', 'stacked',
            'stack_width', 'stack_on_ranks', 'sent_in_step', 'sent', 'small_bytes', 'sent_table', 'between_hosts',
-           'gathered_by_fsdp', 'gathered_peak_here', 'lengths', 'fsdp2_peak', 'policies_table', 'llama_policies',
-           'zero1_right', 'zero1_silent', 'zero1_everywhere', 'zero1_own_gradient', 'zero1_sum', 'zero1_added',
-           'zero1_averaged', 'zero1_floor', 'zero1_forgetful', 'zero1_copy', 'zero1_own_broadcast', 'scatter_right',
-           'scatter_sum', 'scatter_end_to_end', 'scatter_padded_last', 'scatter_all_reduced', 'scatter_one_by_one',
-           'scatter_local', 'scatter_strided', 'scatter_floor', 'linear_right', 'linear_kept', 'linear_sum',
-           'linear_own_gradient', 'linear_all_reduced', 'linear_mean_of_dx', 'linear_transposed']
+           'gathered_by_fsdp', 'gathered_peak_here', 'lengths', 'fsdp2_peak', 'policies_table', 'llama_policies']
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-004
-#: What is trained on GPUs, from large to small: (layers, heads, hidden), sequences of a rank. The first is used whose predicted peak, with nothing
-#: divided, takes at most 60% of the memory that is free on every GPU.
+#: What is trained on GPUs, from large to small: (layers, heads, hidden), sequences of a rank. The first is used that fits with nothing divided; see
+#: nbs_lib.course.lab_bench.
 SIZES = (((24, 16, 2048), 1), ((24, 16, 1024), 2), ((12, 12, 768), 2), ((12, 12, 768), 1))
 
 
@@ -71,23 +65,6 @@ class Bench:
         c = self.config
         return f"{self.ranks} ranks on {self.backend}; a GPT of {self.parameters:,} parameters (h={c.hidden}, L={c.layers}, V={c.vocab}), fp32, AdamW"
 
-
-def rank_world() -> Any:
-    """The ranks of this machine: NCCL with as many GPUs as there are (2, 4 or 8), else four on gloo."""
-    gpus = next((n for n in (8, 4, 2) if torch.cuda.device_count() >= n), 0)
-    return lab_world(gpus, "nccl") if gpus else lab_world(4, "gloo")
-
-
-def free_bytes() -> int:
-    """On a rank: what is free on its GPU."""
-    return torch.cuda.mem_get_info()[0]
-
-
-def as_gpt2(c: GPTConfig) -> Arch:
-    """The GPT-2 of transformers with the same tensors, for predictions."""
-    return arch(dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=c.hidden, n_layer=c.layers, n_head=c.heads, vocab_size=c.vocab,
-                     n_positions=c.context))
-
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-005
 SMALL = GPTConfig(layers=4, heads=4, hidden=128, vocab=1024, context=32)
 
@@ -98,48 +75,13 @@ def bench() -> Bench:
     world = rank_world()
     if world.backend == "gloo":
         return Bench("gloo", world.ranks, SMALL, 2)
-    free = min(world.run(free_bytes))
-    for (layers, heads, hidden), batch in SIZES:
-        c = GPTConfig(layers=layers, heads=heads, hidden=hidden)
-        if train_memory(as_gpt2(c), batch, c.context, "fp32", strategy="ddp", world_size=world.ranks).peak_any < 0.6*free:
-            return Bench("nccl", world.ranks, c, batch)
-    raise MemoryError(f"the GPUs have {free/GiB:.1f} GiB free, which is too little for this lab; end what else runs there, or hide the GPUs "
-                      "(CUDA_VISIBLE_DEVICES=) and use the CPU.")
+    return Bench("nccl", world.ranks, *largest(SIZES, "fp32", world))
 
 
 def bare(c: GPTConfig) -> GPT:
     """A GPT without values, for its shapes."""
     with torch.device("meta"):
         return GPT(c)
-
-
-def sizes() -> list[int]:
-    """How many numbers each parameter of the lab's GPT holds."""
-    return [p.numel() for p in bare(bench().config).parameters()]
-
-# %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-006
-def device_here() -> torch.device:
-    """On a rank: where its tensors live."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def own_batches(c: GPTConfig, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """On a rank: endless (ids, targets), other ones than on the other ranks."""
-    device = device_here()
-    for ids, targets in batches(text(2 if c.vocab > 128*256 else 1), batch, c.context, seed=dist.get_rank()):
-        yield ids.to(device), targets.to(device)
-
-
-def fresh(c: GPTConfig) -> GPT:
-    """On a rank: a GPT, with the same weights on every rank."""
-    torch.manual_seed(0)
-    with device_here():
-        return GPT(c)
-
-
-def fewer_blocks(c: GPTConfig) -> GPTConfig:
-    """The same with four blocks at most, for tables in which several models are trained."""
-    return GPTConfig(min(4, c.layers), c.heads, c.hidden, c.vocab, c.context)
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-007
 class Counted(TorchDispatchMode):
@@ -269,11 +211,11 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-010
-def stale_share(c: GPTConfig, batch: int) -> float:
-    """On a rank: the percentage of a GPT's numbers that are out of date here after ZeRO-1's step without its last line."""
+def stale_share(silent: Callable, c: GPTConfig, batch: int) -> float:
+    """On a rank: the percentage of a GPT's numbers that are out of date here after a step of ZeRO-1 that tells nobody."""
     model = fresh(c)
     flat = flattened(model)
-    step = zero1_silent(flat, partial(torch.optim.AdamW, lr=1e-3))
+    step = silent(flat, partial(torch.optim.AdamW, lr=1e-3))
     model(*next(own_batches(c, batch))).backward()
     step(flat_gradient(model))
     here, N = flat.clone(), dist.get_world_size()
@@ -285,7 +227,7 @@ def stale_share(c: GPTConfig, batch: int) -> float:
 
 def stale() -> float:
     """The percentage on rank 0 of this machine's ranks."""
-    return rank_world().run(stale_share, fewer_blocks(bench().config), bench().batch)[0]
+    return run_in(rank_world(), stale_share, _silent, small(bench().config), bench().batch)[0]
 
 
 def zero1_beside(zero1: Callable, c: GPTConfig, batch: int, steps: int = 4) -> dict[str, tuple]:
@@ -319,7 +261,7 @@ def zero1_beside(zero1: Callable, c: GPTConfig, batch: int, steps: int = 4) -> d
 def train_beside(zero1: Callable) -> Table:
     """A GPT trained on this machine's ranks with torch's DDP, the course's Zero1 and yours."""
     written("2")
-    found = run_in(rank_world(), zero1_beside, zero1, fewer_blocks(bench().config), bench().batch)[0]
+    found = run_in(rank_world(), zero1_beside, zero1, small(bench().config), bench().batch)[0]
     rows = [[way, f"{4*kept:,}", f"{loss:.4f}", equal(apart)] for way, (kept, loss, apart) in found.items()]
     return table(rows, ["", "optimizer, bytes on rank 0", "loss of the last step", "distance from DDP's parameters"], "lrrr")
 
@@ -338,7 +280,7 @@ def scatter_trial(scatter_mean: Callable, shapes: list) -> list[float]:
 
 def block_gradients(c: GPTConfig, batch: int) -> list[Tensor]:
     """On a rank: the gradients of the first block of a GPT."""
-    model = fresh(fewer_blocks(c))
+    model = fresh(small(c))
     model(*next(own_batches(c, batch))).backward()
     return [p.grad for p in model.blocks[0].parameters()]
 
@@ -348,7 +290,7 @@ def scattered(scatter_mean: Callable, c: GPTConfig, batch: int) -> tuple[int, in
     gradients = block_gradients(c, batch)
     with Counted() as counting:
         mine = scatter_mean([g.clone() for g in gradients])
-    model = fresh(fewer_blocks(c))
+    model = fresh(small(c))
     zero = Zero2(model, torch.optim.AdamW, Block)
     model(*next(own_batches(c, batch))).backward()
     theirs = [p.shard.grad for p in zero.pieces if p.unit == "block 0"]
@@ -371,15 +313,6 @@ def scatter_on_ranks(scatter_mean: Callable) -> int:
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-012
 # Exercise 4, whose check runs on four ranks of gloo whatever the machine.
-def settled(now: Callable[[], int]) -> int:
-    """The least of what `now` says within a fifth of a second: gloo's threads let go of a collective's tensors a little after its end."""
-    found = [now()]
-    for _ in range(20):
-        time.sleep(0.01)
-        found.append(now())
-    return min(found)
-
-
 def linear_trial(linear: Callable, outputs: int, inputs: int) -> list[float]:
     """On a rank: what a sharded layer gives, the gradients of x and of the shard, bytes sent, and 1 if the whole weight is alive after forward."""
     rank, N = dist.get_rank(), dist.get_world_size()
@@ -597,8 +530,7 @@ lab.exercise(1, "what a rank holds under ZeRO-2", unit="bytes",
             "holds all parameters, however many ranks there are."))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-025
-# What people write instead of ZeRO-1's step; each runs on ranks, as its text.
-def zero1_right(flat, make):
+def _zero1(flat, make):
     rank, N = dist.get_rank(), dist.get_world_size()
     c = -(-len(flat)//N)
     mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
@@ -614,156 +546,9 @@ def zero1_right(flat, make):
     return step
 
 
-def zero1_silent(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
 
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-
-    return step
-
-
-def zero1_everywhere(flat, make):
-    N = dist.get_world_size()
-    mine = nn.Parameter(flat)
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient/N
-        optimizer.step()
-
-    return step
-
-
-def zero1_own_gradient(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        mine.grad = gradient[rank*c:(rank + 1)*c]
-        optimizer.step()
-        for r in range(N):
-            dist.broadcast(flat[r*c:(r + 1)*c], r)
-
-    return step
-
-
-def zero1_sum(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]
-        optimizer.step()
-        for r in range(N):
-            dist.broadcast(flat[r*c:(r + 1)*c], r)
-
-    return step
-
-# %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-026
-def zero1_added(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-        dist.all_reduce(flat)
-
-    return step
-
-
-def zero1_averaged(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-        dist.all_reduce(flat)
-        flat.div_(N)
-
-    return step
-
-
-def zero1_floor(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = len(flat)//N
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-        for r in range(N):
-            dist.broadcast(flat[r*c:(r + 1)*c], r)
-
-    return step
-
-
-def zero1_forgetful(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        make([mine]).step()
-        for r in range(N):
-            dist.broadcast(flat[r*c:(r + 1)*c], r)
-
-    return step
-
-
-def zero1_copy(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c].clone())
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-        for r in range(N):
-            dist.broadcast(flat[r*c:(r + 1)*c], r)
-
-    return step
-
-
-@fails("Deadlock")
-def zero1_own_broadcast(flat, make):
-    rank, N = dist.get_rank(), dist.get_world_size()
-    c = -(-len(flat)//N)
-    mine = nn.Parameter(flat[rank*c:(rank + 1)*c])
-    optimizer = make([mine])
-
-    def step(gradient):
-        dist.all_reduce(gradient)
-        mine.grad = gradient[rank*c:(rank + 1)*c]/N
-        optimizer.step()
-        dist.broadcast(flat[rank*c:(rank + 1)*c], rank)
-
-    return step
+_TELL = "for r in range(N):\n            dist.broadcast(flat[r*c:(r + 1)*c], r)"
+_silent = changed(_zero1, (_TELL, ""))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-027
 lab.exercise(2, "what is out of date without the last line", unit="%",
@@ -776,26 +561,34 @@ lab.exercise(2, "what is out of date without the last line", unit="%",
         "Make `mine` and the optimizer outside of step, so that its moments live on. Inside: all_reduce, mine.grad = gradient[rank*c:(rank + 1)*c] / N, optimizer.step(), and\n"
         "for r in range(N): dist.broadcast(flat[r*c:(r + 1)*c], r)"),
     explain=OnRanks(
-        zero1_right, zero1_trial, cases=((12, "momentum"), (10, "momentum"), (10, "adamw"), (5, "adamw")), ranks=4, backend="gloo",
+        _zero1, zero1_trial, cases=((12, "momentum"), (10, "momentum"), (10, "adamw"), (5, "adamw")), ranks=4, backend="gloo",
         slips=[
-            (zero1_silent, "Each rank has updated its own part and has told nobody: the ranks' parameters differ, and from the next step on so do their gradients' meaning. "
-                           "Point 3 is missing."),
-            (zero1_everywhere, "The parameters are right, and every rank has updated all of them: each keeps states for all, which is what ZeRO-1 is there to save."),
-            (zero1_own_gradient, "Each part was updated with its owner's own gradient: what the other ranks' data say was never heard. First the mean over ranks."),
-            (zero1_sum, "The gradients were added, and not divided by N. AdamW hides this, since it divides by the gradients' own size; SGD shows it."),
-            (zero1_added, "all_reduce(flat) adds N tensors: one new part and N−1 old ones. (It works if each rank first sets the others' parts to zero; that sends twice as much.)"),
-            (zero1_averaged, "The mean of one updated part and N−1 old ones: each step is a fraction of what it should be. Nothing is to be averaged here; the owner's part is the truth."),
-            (zero1_floor, "n//N rounds down: the last n − N·(n//N) numbers belong to nobody and are never updated. It shows where N does not divide n."),
-            (zero1_forgetful, "A new optimizer in every step: its moments begin at zero each time. Make it once, outside of step."),
-            (zero1_copy, "Your parameter is a copy: the optimizer updates it, and flat never hears of it. nn.Parameter(flat[a:b]) without .clone() shares flat's memory."),
-            (zero1_own_broadcast, "Some ranks wait for ever. A collective is called by all ranks; a broadcast moreover with the same source on all of them. If each rank broadcasts only its own part, "
-                                  "nobody receives: there are N broadcasts, and every rank takes part in each.")],
+            (_silent, "Each rank has updated its own part and has told nobody: the ranks' parameters differ, and from the next step on so do their gradients' meaning. "
+             "Point 3 is missing."),
+            (changed(_zero1, ("flat[rank*c:(rank + 1)*c]", "flat"), ("gradient[rank*c:(rank + 1)*c]", "gradient"), (_TELL, "")),
+             "The parameters are right, and every rank has updated all of them: each keeps states for all, which is what ZeRO-1 is there to save."),
+            (changed(_zero1, ("        dist.all_reduce(gradient)\n", ""), ("]/N", "]")),
+             "Each part was updated with its owner's own gradient: what the other ranks' data say was never heard. First the mean over ranks."),
+            (changed(_zero1, ("]/N", "]")),
+             "The gradients were added, and not divided by N. AdamW hides this, since it divides by the gradients' own size; SGD shows it."),
+            (changed(_zero1, (_TELL, "dist.all_reduce(flat)")),
+             "all_reduce(flat) adds N tensors: one new part and N−1 old ones. (It works if each rank first sets the others' parts to zero; that sends twice as much.)"),
+            (changed(_zero1, (_TELL, "dist.all_reduce(flat.div_(N))")),
+             "The mean of one updated part and N−1 old ones: each step is a fraction of what it should be. Nothing is to be averaged here; the owner's part is the truth."),
+            (changed(_zero1, ("-(-len(flat)//N)", "len(flat)//N")),
+             "n//N rounds down: the last n − N·(n//N) numbers belong to nobody and are never updated. It shows where N does not divide n."),
+            (changed(_zero1, ("    optimizer = make([mine])\n", ""), ("optimizer.step()", "make([mine]).step()")),
+             "A new optimizer in every step: its moments begin at zero each time. Make it once, outside of step."),
+            (changed(_zero1, ("flat[rank*c:(rank + 1)*c]", "flat[rank*c:(rank + 1)*c].clone()")),
+             "Your parameter is a copy: the optimizer updates it, and flat never hears of it. nn.Parameter(flat[a:b]) without .clone() shares flat's memory."),
+            (changed(_zero1, (_TELL, "dist.broadcast(flat[rank*c:(rank + 1)*c], rank)"), mark="Deadlock"),
+             "Some ranks wait for ever. A collective is called by all ranks; a broadcast moreover with the same source on all of them. If each rank broadcasts only its own part, "
+             "nobody receives: there are N broadcasts, and every rank takes part in each.")],
         why="That is ZeRO-1. The optimizer's states are divided, and the price is the gathering at the end. Two savings are left: the all-reduce brings each rank a mean of which it uses "
             "1/N (exercise 3), and all N parts can travel in one all-gather if the last ones are padded."))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-036
-# What people write instead of ZeRO-2's reduce-scatter.
-def scatter_right(gradients):
+def _scatter(gradients):
     N = dist.get_world_size()
     parts = [-(-g.numel()//N) for g in gradients]
     columns = []
@@ -808,56 +601,7 @@ def scatter_right(gradients):
     return list((out/N).split(parts))
 
 
-def scatter_sum(gradients):
-    N = dist.get_world_size()
-    parts = [-(-g.numel()//N) for g in gradients]
-    columns = []
-    for g, c in zip(gradients, parts):
-        padded = g.new_zeros(N*c)
-        padded[:g.numel()] = g.flatten()
-        columns.append(padded.view(N, c))
-    out = gradients[0].new_zeros(sum(parts))
-    dist.reduce_scatter_tensor(out, torch.cat(columns, dim=1).flatten())
-    return list(out.split(parts))
-
-
-def scatter_end_to_end(gradients):
-    N = dist.get_world_size()
-    parts = [-(-g.numel()//N) for g in gradients]
-    padded = []
-    for g, c in zip(gradients, parts):
-        padded.append(g.new_zeros(N*c))
-        padded[-1][:g.numel()] = g.flatten()
-    out = gradients[0].new_zeros(sum(parts))
-    dist.reduce_scatter_tensor(out, torch.cat(padded))
-    return list((out/N).split(parts))
-
-
-def scatter_padded_last(gradients):
-    N = dist.get_world_size()
-    parts = [-(-g.numel()//N) for g in gradients]
-    flat = torch.cat([g.flatten() for g in gradients])
-    rows = flat.new_zeros(N*sum(parts))
-    rows[:len(flat)] = flat
-    out = flat.new_zeros(sum(parts))
-    dist.reduce_scatter_tensor(out, rows)
-    return list((out/N).split(parts))
-
-# %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-037
-def scatter_all_reduced(gradients):
-    N, rank = dist.get_world_size(), dist.get_rank()
-    parts = [-(-g.numel()//N) for g in gradients]
-    columns = []
-    for g, c in zip(gradients, parts):
-        padded = g.new_zeros(N*c)
-        padded[:g.numel()] = g.flatten()
-        columns.append(padded.view(N, c))
-    rows = torch.cat(columns, dim=1)
-    dist.all_reduce(rows)
-    return list((rows[rank]/N).split(parts))
-
-
-def scatter_one_by_one(gradients):
+def _one_by_one(gradients):
     N, found = dist.get_world_size(), []
     for g in gradients:
         c = -(-g.numel()//N)
@@ -868,37 +612,7 @@ def scatter_one_by_one(gradients):
     return found
 
 
-def scatter_local(gradients):
-    N, rank = dist.get_world_size(), dist.get_rank()
-    found = []
-    for g in gradients:
-        c = -(-g.numel()//N)
-        padded = g.new_zeros(N*c)
-        padded[:g.numel()] = g.flatten()
-        found.append(padded.view(N, c)[rank])
-    return found
-
-
-def scatter_strided(gradients):
-    N = dist.get_world_size()
-    parts = [-(-g.numel()//N) for g in gradients]
-    columns = []
-    for g, c in zip(gradients, parts):
-        padded = g.new_zeros(N*c)
-        padded[:g.numel()] = g.flatten()
-        columns.append(padded.view(c, N).T)
-    out = gradients[0].new_zeros(sum(parts))
-    dist.reduce_scatter_tensor(out, torch.cat(columns, dim=1).flatten())
-    return list((out/N).split(parts))
-
-
-def scatter_floor(gradients):
-    N = dist.get_world_size()
-    parts = [g.numel()//N for g in gradients]
-    rows = torch.cat([g.flatten()[:N*c].view(N, c) for g, c in zip(gradients, parts)], dim=1)
-    out = rows.new_zeros(sum(parts))
-    dist.reduce_scatter_tensor(out, rows.flatten())
-    return list((out/N).split(parts))
+_SEND = "dist.reduce_scatter_tensor(out, torch.cat(columns, dim=1).flatten())"
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-038
 lab.exercise(3, "a block's gradients in a reduce-scatter", unit="bytes",
@@ -912,24 +626,30 @@ lab.exercise(3, "a block's gradients in a reduce-scatter", unit="bytes",
         "out = gradients[0].new_zeros(sum(parts)); dist.reduce_scatter_tensor(out, torch.cat(columns, dim=1).flatten()); return list((out / N).split(parts)). "
         "For the prediction: (N − 1) rows of b/N bytes."),
     explain=OnRanks(
-        scatter_right, scatter_trial, cases=(([(3, 4), (8,)],), ([(3, 5), (7,), (2, 3, 2), (1,)],)), ranks=4, backend="gloo",
+        _scatter, scatter_trial, cases=(([(3, 4), (8,)],), ([(3, 5), (7,), (2, 3, 2), (1,)],)), ranks=4, backend="gloo",
         slips=[
-            (scatter_sum, "Sums, not yet means: divide by N."),
-            (scatter_end_to_end, "The gradients lie one after the other, so a rank gets 1/N of the *bucket*: rank 0 all of the first gradients, and nothing of the last. Each rank needs its run of "
-                                 "every gradient: cut each into N rows first, and put the rows side by side."),
-            (scatter_padded_last, "The gradients are put together first, and the padding comes once, at the end: then runs cross from one gradient into the next. Pad each by itself, and put the rows "
-                                  "of the padded ones side by side."),
-            (scatter_all_reduced, "The right numbers, for twice the bytes: an all-reduce brings every rank all rows, and all but one are thrown away. That is what ZeRO-1 does."),
-            (scatter_one_by_one, "The right numbers, in a call for each gradient. Every call has a start that costs as much as many bytes; a block's gradients should go in one."),
-            (scatter_local, "Nothing was sent: those are this rank's own gradients."),
-            (scatter_strided, "Rank r gets every N-th number; its part of a parameter is a run of neighbours, numbers r·c to (r + 1)·c − 1. View as (N, c), not (c, N) turned around."),
-            (scatter_floor, "n//N rounds down, so the last numbers of a gradient reach nobody. Round up, and pad with zeros.")],
+            (changed(_scatter, ("(out/N)", "out")),
+             "Sums, not yet means: divide by N."),
+            (changed(_scatter, ("padded.view(N, c)", "padded"), ("torch.cat(columns, dim=1)", "torch.cat(columns)")),
+             "The gradients lie one after the other, so a rank gets 1/N of the *bucket*: rank 0 all of the first gradients, and nothing of the last. Each rank needs its run of "
+             "every gradient: cut each into N rows first, and put the rows side by side."),
+            (changed(_scatter, ("padded.view(N, c)", "g.flatten()"), ("torch.cat(columns, dim=1).flatten()", "nn.functional.pad(x := torch.cat(columns), (0, N*len(out) - len(x)))")),
+             "The gradients are put together first, and the padding comes once, at the end: then runs cross from one gradient into the next. Pad each by itself, and put the rows "
+             "of the padded ones side by side."),
+            (changed(_scatter, (_SEND, "rows = torch.cat(columns, dim=1)\n    dist.all_reduce(rows)\n    out = rows[dist.get_rank()]")),
+             "The right numbers, for twice the bytes: an all-reduce brings every rank all rows, and all but one are thrown away. That is what ZeRO-1 does."),
+            (_one_by_one, "The right numbers, in a call for each gradient. Every call has a start that costs as much as many bytes; a block's gradients should go in one."),
+            (changed(_scatter, (_SEND, "out = torch.cat(columns, dim=1)[dist.get_rank()]"), ("out/N", "out")),
+             "Nothing was sent: those are this rank's own gradients."),
+            (changed(_scatter, ("padded.view(N, c)", "padded.view(c, N).T")),
+             "Rank r gets every N-th number; its part of a parameter is a run of neighbours, numbers r·c to (r + 1)·c − 1. View as (N, c), not (c, N) turned around."),
+            (changed(_scatter, ("-(-g.numel()//N)", "g.numel()//N"), ("padded[:g.numel()] = g.flatten()", "padded[:] = g.flatten()[:N*c]")),
+             "n//N rounds down, so the last numbers of a gradient reach nobody. Round up, and pad with zeros.")],
         why="That is ZeRO-2's heart, and FSDP's for gradients. In your step of exercise 2 it takes the all-reduce's place: reduce-scatter, update, all-gather. Those are the two halves of "
             "an all-reduce with the optimizer between them, so ZeRO-2 sends what DDP sends, and each rank keeps 1/N of the gradients and states."))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-044
-# What people write instead of ZeRO-3's layer.
-def linear_right(x, shard, shape):
+def _linear(x, shard, shape):
     N = dist.get_world_size()
 
     def gather(shard):
@@ -953,144 +673,10 @@ def linear_right(x, shard, shape):
     return Linear.apply(x, shard)
 
 
-def linear_kept(x, shard, shape):
-    N = dist.get_world_size()
 
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            whole = shard.new_empty(N*shard.numel())
-            dist.all_gather_into_tensor(whole, shard)
-            ctx.save_for_backward(x, whole.view(shape))
-            return x @ whole.view(shape).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, whole = ctx.saved_tensors
-            part = whole.new_empty(whole.numel()//N)
-            dist.reduce_scatter_tensor(part, (dy.T @ x).flatten())
-            return dy @ whole, part/N
-
-    return Linear.apply(x, shard)
-
-
-def linear_sum(x, shard, shape):
-    N = dist.get_world_size()
-
-    def gather(shard):
-        whole = shard.new_empty(N*shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        return whole.view(shape)
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            ctx.save_for_backward(x, shard)
-            return x @ gather(shard).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, shard = ctx.saved_tensors
-            dx, part = dy @ gather(shard), torch.empty_like(shard)
-            dist.reduce_scatter_tensor(part, (dy.T @ x).flatten())
-            return dx, part
-
-    return Linear.apply(x, shard)
-
-# %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-045
-def linear_own_gradient(x, shard, shape):
-    N, rank = dist.get_world_size(), dist.get_rank()
-
-    def gather(shard):
-        whole = shard.new_empty(N*shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        return whole.view(shape)
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            ctx.save_for_backward(x, shard)
-            return x @ gather(shard).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, shard = ctx.saved_tensors
-            return dy @ gather(shard), (dy.T @ x).reshape(N, -1)[rank]
-
-    return Linear.apply(x, shard)
-
-
-def linear_all_reduced(x, shard, shape):
-    N, rank = dist.get_world_size(), dist.get_rank()
-
-    def gather(shard):
-        whole = shard.new_empty(N*shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        return whole.view(shape)
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            ctx.save_for_backward(x, shard)
-            return x @ gather(shard).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, shard = ctx.saved_tensors
-            dw = (dy.T @ x).contiguous()
-            dist.all_reduce(dw)
-            return dy @ gather(shard), dw.view(N, -1)[rank]/N
-
-    return Linear.apply(x, shard)
-
-
-def linear_mean_of_dx(x, shard, shape):
-    N = dist.get_world_size()
-
-    def gather(shard):
-        whole = shard.new_empty(N*shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        return whole.view(shape)
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            ctx.save_for_backward(x, shard)
-            return x @ gather(shard).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, shard = ctx.saved_tensors
-            dx, part = dy @ gather(shard), torch.empty_like(shard)
-            dist.all_reduce(dx)
-            dist.reduce_scatter_tensor(part, (dy.T @ x).flatten())
-            return dx/N, part/N
-
-    return Linear.apply(x, shard)
-
-
-def linear_transposed(x, shard, shape):
-    N = dist.get_world_size()
-
-    def gather(shard):
-        whole = shard.new_empty(N*shard.numel())
-        dist.all_gather_into_tensor(whole, shard)
-        return whole.view(shape)
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, shard):
-            ctx.save_for_backward(x, shard)
-            return x @ gather(shard).T
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, shard = ctx.saved_tensors
-            dx, part = dy @ gather(shard), torch.empty_like(shard)
-            dist.reduce_scatter_tensor(part, (x.T @ dy).flatten())
-            return dx, part/N
-
-    return Linear.apply(x, shard)
+_PART = "dist.reduce_scatter_tensor(part, (dy.T @ x).flatten())"
+_KEPT = "whole = gather(shard)\n            ctx.save_for_backward(x, whole)\n            return x @ whole.T"
+_WHOLE = "whole = (dy.T @ x).flatten()\n            dist.all_reduce(whole)\n            part = whole.view(N, -1)[dist.get_rank()]"
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-046
 lab.exercise(4, "weights on a rank between forward and backward", unit="% of the weights",
@@ -1102,32 +688,34 @@ lab.exercise(4, "weights on a rank between forward and backward", unit="% of the
         "forward: ctx.save_for_backward(x, shard); return x @ gather(shard).T\nbackward: part = torch.empty_like(shard); dist.reduce_scatter_tensor(part, (dy.T @ x).flatten()); "
         "return dy @ gather(shard), part / N"),
     explain=OnRanks(
-        linear_right, linear_trial, cases=((8, 6), (4, 10)), ranks=4, backend="gloo",
+        _linear, linear_trial, cases=((8, 6), (4, 10)), ranks=4, backend="gloo",
         slips=[
-            (linear_kept, "Everything is computed right, and the whole weight lives on until backward, since you have saved it: that is SHARD_GRAD_OP. It saves an all-gather; FULL_SHARD saves the "
-                          "shard and gathers again."),
-            (linear_sum, "The gradient of the shard is the sum over ranks; it should be the mean: divide by N."),
-            (linear_own_gradient, "The gradient of the shard knows only this rank's data: cutting out its part is not enough, the ranks' gradients must be added: a reduce-scatter."),
-            (linear_all_reduced, "The right numbers, but an all-reduce sends all of the gradient to everybody, twice a reduce-scatter's bytes, and you throw away all but 1/N of it."),
-            (linear_mean_of_dx, "The gradient of x was averaged over ranks. x is this rank's own batch, and so is its gradient; only weights are shared."),
-            (linear_transposed, "The gradient of W has the shape (in, out) there, so its numbers are in another order than the weight's: dy.T @ x has the shape of W.")],
+            (changed(_linear, ("ctx.save_for_backward(x, shard)\n            return x @ gather(shard).T", _KEPT), ("x, shard = ctx", "x, whole = ctx"), ("dy @ gather(shard)", "dy @ whole")),
+             "Everything is computed right, and the whole weight lives on until backward, since you have saved it: that is SHARD_GRAD_OP. It saves an all-gather; FULL_SHARD saves the "
+             "shard and gathers again."),
+            (changed(_linear, ("part/N", "part")),
+             "The gradient of the shard is the sum over ranks; it should be the mean: divide by N."),
+            (changed(_linear, (_PART, "part = N*(dy.T @ x).reshape(N, -1)[dist.get_rank()]")),
+             "The gradient of the shard knows only this rank's data: cutting out its part is not enough, the ranks' gradients must be added: a reduce-scatter."),
+            (changed(_linear, (_PART, _WHOLE)),
+             "The right numbers, but an all-reduce sends all of the gradient to everybody, twice a reduce-scatter's bytes, and you throw away all but 1/N of it."),
+            (changed(_linear, (_PART, "dist.all_reduce(dx)\n            " + _PART), ("return dx", "return dx/N")),
+             "The gradient of x was averaged over ranks. x is this rank's own batch, and so is its gradient; only weights are shared."),
+            (changed(_linear, ("dy.T @ x", "x.T @ dy")),
+             "The gradient of W has the shape (in, out) there, so its numbers are in another order than the weight's: dy.T @ x has the shape of W.")],
         why="Gather, use, forget; gather again, reduce-scatter. FSDP is this for a whole block at a time, with the next block's gathering started early; FSDP's strategies are what is "
             "saved between the passes."))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-053
-def _wire(reshard: bool = True, ranks: int = 4) -> float:
-    """P's multiple that a rank sends with parameters gathered twice, or once."""
-    return (3 if reshard else 2)*(ranks - 1)/ranks
-
-
-def _extra(name: str) -> str:
-    return f"{_wire(name == 'FULL_SHARD'):.2f} P"
+def _wire(times: int = 3, ranks: int = 4) -> float:
+    """P's multiple that a rank sends when all-gathers and reduce-scatters move P so many times. An all-reduce counts as two."""
+    return times*(ranks - 1)/ranks
 
 
 lab.exercise(5, "what a rank sends under FULL_SHARD", unit="bytes",
-    misses=[(lambda: _wire(False)*small_bytes(), "That is DDP, ZeRO-2 or SHARD_GRAD_OP. Your layer of exercise 4 gathered twice."),
+    misses=[(lambda: _wire(2)*small_bytes(), "That is DDP, ZeRO-2 or SHARD_GRAD_OP. Your layer of exercise 4 gathered twice."),
             (lambda: 3*small_bytes(), "Three times all of it: but a ring passes N−1 of N parts on; a rank's own part is there already."),
-            (lambda: 4*_wire()*small_bytes()/3, "An all-reduce of gradients on top of two gatherings; a reduce-scatter is enough, for each rank needs its part alone."),
+            (lambda: _wire(4)*small_bytes(), "An all-reduce of gradients on top of two gatherings; a reduce-scatter is enough, for each rank needs its part alone."),
             (lambda: _wire()*small_bytes()/4, "Is that the bytes of a shard? A gathering passes N−1 shards on, from every rank."),
             (lambda: _wire(ranks=2)*small_bytes(), "That is for two ranks; here there are four.")], hints=(
         "Which collectives does a unit have in a step? Count those of your layer in exercise 4, in both passes.",
@@ -1138,8 +726,8 @@ lab.exercise(5, "what a rank sends under FULL_SHARD", unit="bytes",
          "d": "more ranks, so that each has a smaller shard"}, "b",
         {"a": "Every parameter is gathered as often as before, in fewer and longer messages: that saves starts, not bytes. And more is gathered at once (exercise 6).",
          "b": f"A DDP step moves P twice: an all-reduce is a reduce-scatter and an all-gather. FULL_SHARD moves it three times, since it has forgotten the parameters by the time backward needs them. Who "
-              f"keeps them (SHARD_GRAD_OP) is at {_extra('SHARD_GRAD_OP')} instead of {_extra('FULL_SHARD')} with four ranks, and holds the whole model between the passes.",
-         "c": f"That makes it more: an all-reduce sends twice what a reduce-scatter does, {_wire() + .75:.2f} P in all with four ranks.",
+              f"keeps them (SHARD_GRAD_OP) is at {_wire(2):.2f} P instead of {_wire():.2f} P with four ranks, and holds the whole model between the passes.",
+         "c": f"That makes it more: an all-reduce sends twice what a reduce-scatter does, {_wire(4):.2f} P in all with four ranks.",
          "d": f"The shard shrinks, and more of them pass by: {_wire(ranks=8):.2f} P with 8 ranks, {_wire(ranks=64):.2f} P with 64. DDP's grows alike; the ratio stays 3 to 2."}))
 
 # %% ../../nbs/labs/06_fsdp.ipynb #06-fsdp-062

@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import Any
 
-from ..models import arch
+from ...models import arch
 from .built import LEARNING_RATE, SHARDED, ZERO, divide, hollow, lay_down, make, optimizer
 
 STEADY = 3        # the first two steps are unlike the rest; the third is the steady one that is predicted

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from ..hardware import GPU, detect_why, squash
-from ..memory import SHARDED, ZERO, inference_memory, train_memory
-from ..models import arch
+from ...hardware import GPU, detect_why, squash
+from ...memory import SHARDED, ZERO, inference_memory, train_memory
+from ...models import arch
 from .built import build, transformers_config  # noqa: F401  (the labs build their models here)
-from .ranks import Failed, Server
+from .server import Failed, Server
 
 GIB = 2**30
 TRAIN = dict(model=None, batch=1, seq=None, precision="bf16", optimizer="adamw", checkpointing=False, attention="sdpa", accumulation=1,
@@ -76,7 +76,7 @@ def predicted_seconds(c: dict[str, Any], card: GPU | None) -> float | None:
     if card is None or importlib.util.find_spec("nbs_lib.roofline") is None:
         return None
     try:
-        from .. import roofline
+        from ... import roofline
 
         return roofline.train_time(**c, gpu=card).seconds
     except Exception:  # a prediction that fails must not lose a measurement
@@ -355,8 +355,8 @@ def card_summary(file: Path) -> str:
 
 def held_on_cpu(c: dict[str, Any]) -> tuple[int, str]:
     """What the memory model says the forward pass keeps for backward (bytes, as on a GPU), and why a CPU keeps something else ("": it does not)."""
-    from ..memory import passes
-    from ..tape import value
+    from ...memory import passes
+    from ...tape import value
 
     s = train_memory(**c).settings
     held = value(passes(s).after_forward[1], s.batch * s.seq, s.seq)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Sequence
 
 IN_CELL = "/ipykernel_"  # of the file name that ipykernel gives a cell
-NOT_OWN = ("/ipykernel", "/IPython/", "/asyncio/", "/tornado/", "/torch/", "/course/rank.py", "/threading.py", "<frozen")
+NOT_OWN = ("/ipykernel", "/IPython/", "/asyncio/", "/tornado/", "/torch/", "/course/world/inside.py", "/threading.py", "<frozen")
 Frames = tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
 
 
@@ -70,7 +70,7 @@ class Stuck:
     def place(self, rank: int, frames: Frames) -> Place:
         """The cell's (or else the caller's) line, and what it called in torch.distributed."""
         calls = [name for f, _, name in frames if "/torch/distributed/" in f and name != "wrapper" and not name.startswith(("_", "<"))]
-        own = [(f, n) for f, n, _ in frames if IN_CELL in f and self.line(rank, f, n) and "nbs_lib.course.rank" not in self.line(rank, f, n)]
+        own = [(f, n) for f, n, _ in frames if IN_CELL in f and self.line(rank, f, n) and "nbs_lib.course.world.inside" not in self.line(rank, f, n)]
         own = own or [(f, n) for f, n, _ in frames if not any(part in f for part in NOT_OWN)] or [frames[0][:2]]
         return Place(calls[-1] if calls else "", own[0][1], own[0][0], self.line(rank, *own[0]))
 

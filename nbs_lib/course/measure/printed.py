@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hardware import GPU
-from .measure import GIB, held_on_cpu, predict, predicted_seconds, words
+from ...hardware import GPU
+from . import GIB, held_on_cpu, predict, predicted_seconds, words
 
 
 def show(row: dict[str, Any], card: GPU | None) -> None:

@@ -1,17 +1,15 @@
 """Measuring processes: one per rank and row, forked from a server that has imported the libraries but never touched CUDA.
 
 A fresh process per row begins with an empty allocator, and ends with everything that a failed row may have left. Importing torch and
-transformers takes ten seconds, forking takes none. `Server` is the client's side; `python -m nbs_lib.course.ranks` is the server.
+transformers takes ten seconds, forking takes none. `Server` is the client's side; `python -m nbs_lib.course.measure.server` is the server.
 A rank that fails ends the others at once, and its own error is the row's. If the server or its client dies, the ranks die with it.
 """
 from __future__ import annotations
 
 import json
 import os
-import re
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-               "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch.cuda.is_available() asks NVML, so that a library's import does not start CUDA in the server
+from ..processes import environment, free_port, last_words
+
 GRACE = 0.5  # seconds that other ranks' last words are waited for, once one has failed
 
 
@@ -41,7 +39,7 @@ class Server:
         self.words = tempfile.TemporaryFile("w+")
         answers, theirs = os.pipe()
         jobs = json.dumps({"out": theirs, "parent": os.getpid(), "classes": classes, "libraries": libraries})
-        self.process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "nbs_lib.course.ranks", "serve", jobs], stdin=subprocess.PIPE, stdout=self.words, stderr=self.words,
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "nbs_lib.course.measure.server", "serve", jobs], stdin=subprocess.PIPE, stdout=self.words, stderr=self.words,
                                         pass_fds=(theirs,), env=environment())
         os.close(theirs)
         self.answers = os.fdopen(answers, encoding="utf-8")
@@ -82,19 +80,6 @@ class Server:
 
     def __exit__(self, *error):
         self.close()
-
-
-def environment() -> dict[str, str]:
-    """The environment of measuring processes: this one's, and where this package is."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **{k: v for k, v in ENVIRONMENT.items() if k not in os.environ}, "PYTHONPATH": path}
-
-
-def last_words(text: str) -> str:
-    """The last line of a log that names an error, else the last that says something."""
-    lines = [line.strip() for line in reversed(text.splitlines()) if line.strip()]
-    return next((line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0] if lines else "")
 
 
 # --- the server -----------------------------------------------------------------------------------------------------------------
@@ -147,7 +132,7 @@ def load(options: dict) -> bool:
     if not hasattr(torch._C, "_cuda_getDeviceCount") or _forks_well():
         return True
     if options["libraries"]:  # one of them may have been it: once more without
-        os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "nbs_lib.course.ranks", "serve", json.dumps({**options, "libraries": []})])
+        os.execv(sys.executable, [sys.executable, "-W", "ignore", "-m", "nbs_lib.course.measure.server", "serve", json.dumps({**options, "libraries": []})])
     return False
 
 
@@ -223,12 +208,6 @@ class Rank:
         return f"the process {end}{hint}" + (f"; its last words: {words[:300]}" if words else "")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def conduct(job: dict, limit: float, forks: bool, *close: Any) -> list[dict]:
     """Run a job's ranks to their end; returns what each measured, or where one's memory is full, that. Raises Failed. No process is left."""
     world, ranks = job["settings"].get("world_size", 1), []
@@ -296,7 +275,7 @@ def _fork(job: dict, rank: int, log: Path, close: Any) -> Rank:
 def _spawn(job: dict, rank: int, log: Path, close: Any) -> Rank:
     ours, theirs = os.pipe()
     with open(log, "wb") as words:
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "nbs_lib.course.ranks", "rank", json.dumps({"rank": rank, "out": theirs, "parent": os.getpid()})],
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "nbs_lib.course.measure.server", "rank", json.dumps({"rank": rank, "out": theirs, "parent": os.getpid()})],
                                    stdin=subprocess.PIPE, stdout=words, stderr=words, pass_fds=(theirs,))
     os.close(theirs)
     process.stdin.write(json.dumps(job).encode())

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator
 
-from ..models import Arch
+from ...models import Arch
 
 SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")
 ZERO = ("zero1", "zero2", "zero3")
@@ -189,7 +189,7 @@ def divide(a: Arch, c: dict[str, Any], device: str, lr: float) -> Any:
     """The course's own ZeRO (nbs_lib.zero) of the stage that the settings name; it stands where the optimizer does, and its `model` is the model."""
     import torch
 
-    from .. import zero
+    from ... import zero
 
     model = hollow(a, "bfloat16" if c["precision"] == "bf16" else "float32", c["attention"])
     how: dict[str, Any] = dict(optimizer=lambda parameters: optimizer(c["optimizer"], parameters, lr))

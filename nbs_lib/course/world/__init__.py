@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from .ranks import environment, last_words
+from ..processes import environment, last_words
 from .stuck import Stuck, explain
 
 LOST = re.compile(r"gloo.*(?:Connection (?:reset|closed) by peer|Broken pipe)", re.S | re.I)  # what a rank says when another one has ended
@@ -80,10 +80,11 @@ class World:
         if getattr(function, "__module__", "__main__") == "__main__":
             raise ValueError(f"{getattr(function, '__name__', function)!r} is defined in this notebook or script, where ranks cannot import it; "
                              "define it in a %%ranks cell, or in a module.")
+        self._must_live()
         given = self.folder / "call.pkl"
         given.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args, kwargs)))
         files = [self.folder / f"answer{r}.pkl" for r in range(self.ranks)]
-        self._conduct([f"__import__('nbs_lib.course.rank', fromlist=['call']).call({str(given)!r}, {str(f)!r})" for f in files])
+        self._conduct([f"__import__('nbs_lib.course.world.inside', fromlist=['call']).call({str(given)!r}, {str(f)!r})" for f in files])
         return [pickle.loads(f.read_bytes()) for f in files]
 
     def execute(self, source: str, on: Sequence[int] | None = None, show: Callable[[str], None] = print) -> list[list[str]]:
@@ -97,7 +98,7 @@ class World:
     def get(self, expression: str) -> list:
         """The value of an expression on every rank."""
         files = [self.folder / f"answer{r}.pkl" for r in range(self.ranks)]
-        self._conduct([f"__import__('nbs_lib.course.rank', fromlist=['give']).give({expression}, {str(f)!r})" for f in files])
+        self._conduct([f"__import__('nbs_lib.course.world.inside', fromlist=['give']).give({expression}, {str(f)!r})" for f in files])
         return [pickle.loads(f.read_bytes()) for f in files]
 
     def stop(self) -> None:
@@ -116,6 +117,10 @@ class World:
         self.stop()
 
     # --- how it works
+
+    def _must_live(self) -> None:
+        if not self.alive:
+            raise RankError("these ranks have ended; start new ones with World(…), or with a %%ranks cell.")
 
     def _start(self, rank: int) -> None:
         """One rank's process: an ordinary kernel, which its client reaches through sockets in this world's folder."""
@@ -154,7 +159,7 @@ class World:
                 if self.processes[rank].poll() is not None or time.monotonic() > until:
                     raise RankError(f"rank {rank} did not start: {self._last_words(rank) or 'its kernel said nothing'}", [rank])
         store = self.folder / "store"
-        self._conduct([f"__import__('nbs_lib.course.rank', fromlist=['begin']).begin(globals(), {os.getpid()}, {str(store)!r}, {str(self.folder / f'ask{r}')!r}, {self.limit})"
+        self._conduct([f"__import__('nbs_lib.course.world.inside', fromlist=['begin']).begin(globals(), {os.getpid()}, {str(store)!r}, {str(self.folder / f'ask{r}')!r}, {self.limit})"
                        for r in range(self.ranks)])
 
     @staticmethod
@@ -174,8 +179,7 @@ class World:
 
     def _conduct(self, sources: Sequence[str | None], show: Callable[[str], None] | None = None) -> list[Answer]:
         """Send each rank its source, and wait until all have answered, one has failed, or they only wait for each other."""
-        if not self.alive:
-            raise RankError("these ranks have ended; start new ones with World(…), or with a %%ranks cell.")
+        self._must_live()
         answers = [Answer(r, done=source is None) for r, source in enumerate(sources)]
         asked = [None if source is None else client.execute(source, allow_stdin=False) for client, source in zip(self.clients, sources)]
         try:
@@ -285,8 +289,8 @@ def checked(ranks: int, backend: str | None) -> str:
     return backend
 
 
-MACHINERY = re.compile(r"^ *File .*(?:torch/distributed/c10d_logger|course/rank|course/lab_ranks)\.py.*\n(?: {4}.*\n)*\n?"
-                       r"|^ *(?:Cell In\[\d+\]|File <ipython.*?>), line \d+.*\n *__import__\('nbs_lib\.course\.rank'.*\n", re.M)
+MACHINERY = re.compile(r"^ *File .*(?:torch/distributed/c10d_logger|course/world/inside|course/lab_ranks)\.py.*\n(?: {4}.*\n)*\n?"
+                       r"|^ *(?:Cell In\[\d+\]|File <ipython.*?>), line \d+.*\n *__import__\('nbs_lib\.course\.world\.inside'.*\n", re.M)
 
 
 def readable(traceback: Sequence[str]) -> str:
