@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import urllib.request
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +153,13 @@ def torch_arguments(pin: str) -> list[str]:
     return [pin]
 
 
+def alone() -> list[str]:
+    """What is installed without its requirements: names, by settings.ini."""
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return [canonical(re.match(r"[\w.-]+", r)[0]) for r in config["DEFAULT"]["alone_requirements"].split()]
+
+
 def fingerprint(kept: dict[str, str]) -> str:
     parts = [LOCK.read_bytes(), (ROOT / "settings.ini").read_bytes(), Path(__file__).read_bytes(), sys.version.encode(), json.dumps(kept, sort_keys=True).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -186,13 +194,14 @@ def main() -> None:
         named = {n: p for n, p in named.items() if n not in kept}
     else:
         extra = torch_arguments(torch)
+    lonely = [named.pop(n) for n in alone() if n in named]
     wanted = VENV / "wanted.txt"
     wanted.write_text("\n".join(named.values()) + "\n")
     constraints = VENV / "kept.txt"
     constraints.write_text("\n".join(f"{n}=={v}" for n, v in kept.items()) + "\n")
     steps = ([["install", *extra]] if extra else []) + [
         ["install", "-r", str(wanted), "-c", str(constraints)],
-        ["install", "--no-deps", "--no-build-isolation", "-e", str(ROOT)],
+        ["install", "--no-deps", "--no-build-isolation", *lonely, "-e", str(ROOT)],
     ]
     for step in steps:
         if pip(*step).returncode:

@@ -20,18 +20,23 @@ def main() -> None:
     wanted = [TORCH, "setuptools", *cfg["requirements"].split()]
     for extra in ("torch", "labs", "dev"):
         wanted += cfg[f"{extra}_requirements"].split()
+    pins = sorted(resolve(wanted, cfg) + resolve(cfg["alone_requirements"].split(), cfg, "--no-deps"), key=lambda pin: pin.partition("=")[0])
+    head = "# Pins of everything that the environment and CI install, for Python 3.11 to 3.13. Made by `make lock`; do not edit.\n"
+    (ROOT / "requirements.lock").write_text(head + "\n".join(pins) + "\n")
+    print(f"requirements.lock: {len(pins)} packages")
+
+
+def resolve(wanted: list[str], cfg, *options: str) -> list[str]:
+    """The pins of `wanted` and of what they require."""
     with tempfile.NamedTemporaryFile("w", suffix=".in") as f:
         f.write("\n".join(wanted))
         f.flush()
         run = subprocess.run([sys.executable, "-m", "uv", "pip", "compile", "--universal", f"--python-version={cfg['min_python']}",
-                              "--no-annotate", "--no-header", "-q", f.name], capture_output=True, text=True)
+                              "--no-annotate", "--no-header", "-q", *options, f.name], capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
     pins = [line for line in run.stdout.splitlines() if not re.match(r"(nvidia-|cuda-|triton)", line)]
-    pins = [p for p in pins if "sys_platform == 'win32'" not in p and "os_name == 'nt'" not in p]
-    head = "# Pins of everything that the environment and CI install, for Python 3.11 to 3.13. Made by `make lock`; do not edit.\n"
-    (ROOT / "requirements.lock").write_text(head + "\n".join(pins) + "\n")
-    print(f"requirements.lock: {len(pins)} packages")
+    return [p for p in pins if "sys_platform == 'win32'" not in p and "os_name == 'nt'" not in p]
 
 
 if __name__ == "__main__":
