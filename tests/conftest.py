@@ -14,8 +14,8 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-# the same examples in every run, so that a red CI means a change; HYPOTHESIS_PROFILE=default draws new ones
-settings.register_profile("same", derandomize=True)
+# the same examples in every run and no deadline, so that a red CI means a change; HYPOTHESIS_PROFILE=default draws new ones
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
