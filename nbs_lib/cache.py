@@ -223,7 +223,7 @@ def predicted_bytes(model: Any, batch: int, seq: int, plan: Plan | None = None, 
     few = 0 if plan is None else round(per_token*packed*plan.number_bits/8)
     return per_token*(seq - packed)*number + few
 
-# %% ../nbs/08b_cache.ipynb #cache-026
+# %% ../nbs/08b_cache.ipynb #cache-027
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What queries q (…, m, d) gather from keys and values (…, s, d), all of which they may see."""
     return (q @ k.transpose(-2, -1)*q.shape[-1]**-0.5).softmax(-1) @ v
@@ -252,7 +252,7 @@ def attention_bound(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     largest = v.abs().amax((-2, -1), keepdim=True)
     return torch.expm1(2*delta).clamp(max=2)*largest + ev.amax((-2, -1), keepdim=True)
 
-# %% ../nbs/08b_cache.ipynb #cache-029
+# %% ../nbs/08b_cache.ipynb #cache-030
 def relative_errors(x: Tensor, plan: Plan) -> dict[str, float]:
     """‖x − packed‖/‖x‖ by "token" and by "channel" of keys or values (b, n, s, d), s and d multiples of the
     group.
@@ -275,7 +275,7 @@ def first_token(x: Tensor) -> float:
     size = x.float().norm(dim=-1)                       # (b, n, s)
     return float((size[..., 0]/size.median(-1).values).mean())
 
-# %% ../nbs/08b_cache.ipynb #cache-030
+# %% ../nbs/08b_cache.ipynb #cache-031
 @torch.inference_mode()
 def cached_loss(model: nn.Module, ids: Tensor, cache: Cache, prompt: int, chunk: int = 16) -> float:
     """Mean nats a token of ids (1, s) after the first `prompt`, which go through the cache first; then
@@ -293,7 +293,7 @@ def cached_loss(model: nn.Module, ids: Tensor, cache: Cache, prompt: int, chunk:
         last = logits[:, -1:]
     return float(torch.cat(losses).mean())
 
-# %% ../nbs/08b_cache.ipynb #cache-031
+# %% ../nbs/08b_cache.ipynb #cache-032
 ROWS = "quantized_cache.json"
 PLANS: dict[str, Plan | None] = {
     "plain": None,
@@ -328,7 +328,7 @@ def measure_layers(model: nn.Module, ids: Tensor, plan: Plan) -> list[dict[str, 
         return {"outliers": outliers(x), "first_token": first_token(x), **relative_errors(x, plan)}
     return [{"keys": about(layer.keys), "values": about(layer.values)} for layer in cache.layers]
 
-# %% ../nbs/08b_cache.ipynb #cache-032
+# %% ../nbs/08b_cache.ipynb #cache-033
 def rows(path: Path | None = None) -> dict[str, Any]:
     """The committed measurement on SmolLM2 (or the file at `path`): "rows" by the names of PLANS, "layers".
     """
@@ -357,6 +357,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(name, held["rows"][name]["losses"], flush=True)
     a.out.write_text(json.dumps(held, indent=1) + "\n")
 
-# %% ../nbs/08b_cache.ipynb #cache-033
+# %% ../nbs/08b_cache.ipynb #cache-034
 # python3 -m nbs_lib.cache, not a notebook
 if __name__ == "__main__" and globals().get("__spec__"): main()

@@ -32,10 +32,10 @@ from .quantization import (METHODS, Quantized, QuantizedLinear, Report, format_o
 
 # %% auto #0
 __all__ = ['FILE', 'LENGTH', 'MODULES', 'Parts', 'TASKS', 'ROWS', 'PROMPT', 'VARIANTS', 'weight_file', 'FileTensor',
-           'file_tensors', 'q4_1', 'q4_1_again', 'load', 'Perplexity', 'spread', 'perplexity', 'held_out',
-           'fingerprint', 'Decoded', 'greedy', 'tokens_per_second', 'memory_bytes', 'disk_bytes', 'without_unpacking',
-           'Stream', 'stream', 'recall', 'copying', 'successor', 'task', 'right_answers', 'variant', 'calibration',
-           'quantized', 'measure', 'setup', 'rows', 'machine', 'main']
+           'file_tensors', 'q4_1', 'q4_1_again', 'load', 'Perplexity', 'spread', 'perplexity', 'documentation',
+           'held_out', 'fingerprint', 'Decoded', 'greedy', 'tokens_per_second', 'memory_bytes', 'disk_bytes',
+           'without_unpacking', 'Stream', 'stream', 'recall', 'copying', 'successor', 'task', 'right_answers',
+           'variant', 'calibration', 'quantized', 'measure', 'setup', 'rows', 'machine', 'main']
 
 # %% ../nbs/08c_smollm2.ipynb #smollm2-004
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -183,13 +183,18 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int = 512, stride: int 
 LENGTH = 256
 
 
-def held_out(tokenizer: Any, pieces: int = 8, length: int = LENGTH) -> Tensor:
-    """Token ids (pieces·length,) of evenly spaced pieces of pydoc_data.topics, the standard library's
-    documentation. It differs between Python versions: see `fingerprint`. ValueError where the text is shorter
-    than that.
+def documentation(tokenizer: Any) -> list[int]:
+    """Token ids of pydoc_data.topics, the standard library's documentation. It differs between Python
+    versions: see `fingerprint`.
     """
     from pydoc_data.topics import topics
-    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+    return tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+
+
+def held_out(tokenizer: Any, pieces: int = 8, length: int = LENGTH) -> Tensor:
+    """Token ids (pieces·length,) of evenly spaced pieces of `documentation`. ValueError where it is shorter.
+    """
+    ids = documentation(tokenizer)
     if pieces < 1 or length < 2 or pieces*length > len(ids):
         raise ValueError(f"pieces is {pieces!r}, length {length!r}; accepted are {len(ids)} tokens in all.")
     starts = [round(i*(len(ids) - length)/max(pieces - 1, 1)) for i in range(pieces)]
@@ -362,14 +367,18 @@ def variant(name: str) -> tuple[str, int | str | None]:
     raise ValueError(f"variant is {name!r}; accepted is method:group, the group a number, 'row' or 'tensor'.")
 
 
-def calibration(tokenizer: Any, pieces: int = 6, length: int = 256) -> list[Tensor]:
-    """Inputs (1, length) for the methods that look at some: text from between the pieces that `held_out`
-    takes.
+def calibration(tokenizer: Any, pieces: int = 6, length: int = 256, shared: int = 40) -> list[Tensor]:
+    """Inputs (1, length) for the methods that look at some: pieces of `documentation` that have no `shared`
+    tokens in a row in common with what `held_out` takes. Being elsewhere is not enough, since the topics
+    repeat each other.
     """
-    from pydoc_data.topics import topics
-    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]
-    gap = len(ids)/pieces
-    return [torch.tensor([ids[s:s + length]]) for s in (int((i + 0.5)*gap) for i in range(pieces))]
+    ids, held = documentation(tokenizer), held_out(tokenizer).view(-1, LENGTH).tolist()
+    known = {tuple(p[i:i + shared]) for p in held for i in range(LENGTH - shared + 1)}
+    def fresh(s: int) -> bool:
+        return not any(tuple(ids[i:i + shared]) in known for i in range(s, s + length - shared + 1))
+    starts = [s for s in range(0, len(ids) - length, length) if fresh(s)]
+    return [torch.tensor([ids[s:s + length]])
+            for s in starts[len(starts)//(2*pieces)::len(starts)//pieces][:pieces]]
 
 # %% ../nbs/08c_smollm2.ipynb #smollm2-035
 def quantized(name: str) -> tuple[nn.Module, Report | None]:

@@ -384,7 +384,7 @@ class Lab:
         if math.isclose(predicted, measured, rel_tol=0.001):
             return "Within 0.1%: nothing is left to explain."
         if math.isclose(predicted, measured, rel_tol=0.03):
-            return "Within 3%: every large term is there. What is left are small ones: workspaces, tensors between operations."
+            return "Within 3%: every large term is there; what is left is small."
         for miss, reason in exercise.misses:
             if math.isclose(predicted, _value(miss), rel_tol=0.02):
                 return reason
