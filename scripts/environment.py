@@ -153,11 +153,11 @@ def torch_arguments(pin: str) -> list[str]:
     return [pin]
 
 
-def alone() -> list[str]:
-    """What is installed without its requirements: names, by settings.ini."""
+def required(part: str) -> list[str]:
+    """The names in one of settings.ini's lists of requirements."""
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    return [canonical(re.match(r"[\w.-]+", r)[0]) for r in config["DEFAULT"]["alone_requirements"].split()]
+    return [canonical(re.match(r"[\w.-]+", r)[0]) for r in config["DEFAULT"][f"{part}_requirements"].split()]
 
 
 def fingerprint(kept: dict[str, str]) -> str:
@@ -194,7 +194,9 @@ def main() -> None:
         named = {n: p for n, p in named.items() if n not in kept}
     else:
         extra = torch_arguments(torch)
-    lonely = [named.pop(n) for n in alone() if n in named]
+    lonely = [named.pop(n) for n in required("alone") if n in named]
+    oracles = [pin for pin in pins if canonical(re.match(r"[\w.-]+", pin)[0]) in required("oracle")]
+    named = {n: p for n, p in named.items() if p not in oracles}
     wanted = VENV / "wanted.txt"
     wanted.write_text("\n".join(named.values()) + "\n")
     constraints = VENV / "kept.txt"
@@ -202,6 +204,7 @@ def main() -> None:
     steps = ([["install", *extra]] if extra else []) + [
         ["install", "-r", str(wanted), "-c", str(constraints)],
         ["install", "--no-deps", "--no-build-isolation", *lonely, "-e", str(ROOT)],
+        ["install", "--no-deps", "--target", str(VENV / "oracles"), *oracles],
     ]
     for step in steps:
         if pip(*step).returncode:

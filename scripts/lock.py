@@ -20,7 +20,8 @@ def main() -> None:
     wanted = [TORCH, "setuptools", *cfg["requirements"].split()]
     for extra in ("torch", "labs", "dev"):
         wanted += cfg[f"{extra}_requirements"].split()
-    pins = sorted(resolve(wanted, cfg) + resolve(cfg["alone_requirements"].split(), cfg, "--no-deps"), key=lambda pin: pin.partition("=")[0])
+    lonely = cfg["alone_requirements"].split() + cfg["oracle_requirements"].split()
+    pins = sorted(resolve(wanted, cfg) + resolve(lonely, cfg, "--no-deps"), key=lambda pin: pin.partition("=")[0])
     head = "# Pins of everything that the environment and CI install, for Python 3.11 to 3.13. Made by `make lock`; do not edit.\n"
     (ROOT / "requirements.lock").write_text(head + "\n".join(pins) + "\n")
     print(f"requirements.lock: {len(pins)} packages")

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nbs_lib.calibrated import (Levels, awq, best_zero, factor_of_inverse, feedback, gptq, gptq_flops, hessian, hqq, input_scales,
                                 measured, next_zero, output_error, quantize_in_order, round_scaled, shrink, spans, trained_gpt, with_large_inputs)
+from nbs_lib.course.oracles import oracles
 from nbs_lib.gpt import GPT, GPTConfig
 from nbs_lib.quantization import QuantizedLinear, code_values, quantize, quantize_tensor, relative_error
 
+oracles()
 FP32 = dict(scale_dtype=torch.float32)
 
 

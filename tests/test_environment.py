@@ -95,6 +95,6 @@ def test_the_lock_satisfies_settings_ini(python):
     pinned = {environment.canonical(p.name): next(iter(p.specifier)).version for p in PINS if p.marker is None or p.marker.evaluate(marks)}
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
-    for part in ("requirements", "torch_requirements", "labs_requirements", "alone_requirements", "dev_requirements"):
+    for part in ("requirements", "torch_requirements", "labs_requirements", "alone_requirements", "oracle_requirements", "dev_requirements"):
         for wanted in map(Requirement, config["DEFAULT"][part].split()):
             assert wanted.specifier.contains(pinned[environment.canonical(wanted.name)], prereleases=True), wanted

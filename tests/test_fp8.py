@@ -8,14 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-from torchao.float8.float8_utils import amax_to_scale
 
 from nbs_lib import fp8
 from nbs_lib.collectives import bytes_sent
+from nbs_lib.course.oracles import oracles
 from nbs_lib.fp8 import FLOAT8, LEVELS, RECIPES, Float8Linear, Operations, Recipe, convert
 from nbs_lib.gpt import GPT, GPTConfig
 from nbs_lib.models import arch
+
+oracles()
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: E402
+from torchao.float8.float8_utils import amax_to_scale  # noqa: E402
 
 E4M3, E5M2 = FLOAT8["e4m3fn"], FLOAT8["e5m2"]
 U = 2.0**-24                    # fp32's unit roundoff

@@ -2,18 +2,22 @@
 import itertools
 import math
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchao.prototype.quantized_training import bitnet
-from torchao.quantization import quant_primitives as ao
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
-from nbs_lib import quantization as q
-from nbs_lib.gpt import GPT, GPTConfig
+from nbs_lib.course.oracles import oracles
+
+oracles()
+import bitsandbytes.functional as bnb  # noqa: E402
+from torchao.prototype.quantized_training import bitnet  # noqa: E402
+from torchao.quantization import quant_primitives as ao  # noqa: E402
+from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4  # noqa: E402
+
+from nbs_lib import quantization as q  # noqa: E402
+from nbs_lib.gpt import GPT, GPTConfig  # noqa: E402
 
 SMALL = GPTConfig(layers=2, heads=2, hidden=64, vocab=96, context=32)
 BUILTIN = ("int8", "int4", "int3", "int2", "affine_int8", "affine_int4", "affine_int3", "affine_int2", "nf4",

@@ -9,6 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbs_lib.course.oracles import oracles
+
+oracles()
 logging.disable(logging.WARNING)                   # torchao names the kernels that it cannot load on a CPU
 from torchao.prototype.mx_formats import mx_tensor, nvfp4_tensor  # noqa: E402
 from torchao.prototype.mx_formats.kernels import unpack_uint4  # noqa: E402

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
+from ..oracles import FOLDER as ORACLES
 from ..processes import environment, last_words
 from .stuck import Stuck, explain
 
@@ -141,9 +142,10 @@ class World:
         self.clients.append(client)
 
     def _environment(self, rank: int) -> dict[str, str]:
-        """As torchrun sets it, and this process's search path, so that ranks import what it can."""
+        """As torchrun sets it, and this process's search path, so that ranks import what it can, but for oracles."""
         own = environment()
-        path = os.pathsep.join(dict.fromkeys([*(os.path.abspath(p) for p in sys.path if p), os.getcwd(), own["PYTHONPATH"]]))
+        searched = [os.path.abspath(p) for p in sys.path if p and p != str(ORACLES)]
+        path = os.pathsep.join(dict.fromkeys([*searched, os.getcwd(), own["PYTHONPATH"]]))
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
         more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1", "NBS_BACKEND": self.backend,
                 "JPY_PARENT_PID": os.getpid(), "GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": path}
