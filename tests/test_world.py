@@ -1,6 +1,7 @@
 """Ranks from a notebook: real processes, started, asked, failing, stuck, interrupted, and gone afterwards."""
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -150,7 +151,9 @@ SCRIPT = textwrap.dedent("""
 @pytest.mark.parametrize("signal_number, says", [(signal.SIGINT, "Interrupted; the ranks were ended"), (signal.SIGTERM, ""), (signal.SIGKILL, "")])
 def test_no_rank_outlives_its_caller(signal_number, says):
     """Interrupted in a collective, terminated, or killed without a chance to clean up."""
-    p = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # a job in the background of a shell script ignores SIGINT, and so would its children
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heeds)
     assert p.stdout.readline() == "up\n"
     time.sleep(1)
     pids = processes_of(p.pid)
