@@ -26,7 +26,7 @@ def write_worksheets(root: Path) -> None:
         sheet, solutions = notebooks.worksheet(notebooks.read(path))
         out = root / "nbs_lib" / "labs" / path.name
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(sheet, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(notebooks.titled(sheet), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         out.with_suffix(".solutions.json").write_text(json.dumps(solutions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

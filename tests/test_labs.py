@@ -100,6 +100,7 @@ def test_worksheet_holds_no_solution_and_still_parses(slug):
     sheet = nbformat.read(worksheets.shipped()[slug], as_version=4)
     solutions = json.loads((worksheets.SHIPPED / f"{slug}.solutions.json").read_text())
     source = "\n".join(c.source for c in sheet.cells)
+    assert sheet.cells[0].cell_type == "markdown" and sheet.cells[0].source.startswith(f"# Lab {int(slug[:2])}")
     assert "SOLUTION" not in source and "#| export" not in source and "assert " not in source
     for cell in sheet.cells:
         if cell.cell_type == "code":

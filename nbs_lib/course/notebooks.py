@@ -78,6 +78,14 @@ def front_matter_text(nb: dict) -> str:
     return ""
 
 
+def titled(nb: dict) -> dict:
+    """The notebook with its front matter as a heading, for those who open it in Jupyter."""
+    front = front_matter_text(nb)
+    title, description = (m[1].strip().strip("\"'") if (m := re.search(rf"^{key}:\s*(.+)$", front, re.M)) else "" for key in ("title", "description"))
+    heading = {**nb["cells"][0], "cell_type": "markdown", "source": f"# {title}\n\n{description}"}
+    return {**nb, "cells": [heading, *nb["cells"][1:]]} if title else nb
+
+
 def lab_of(nb: dict) -> str | None:
     """The slug of the lab that this notebook is, from `lab:` in its front matter."""
     match = LAB.search(front_matter_text(nb))
