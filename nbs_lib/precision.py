@@ -261,13 +261,7 @@ def explore(x: float = 0.1):
     still = bits(x)
     try: import ipywidgets as w
     except ImportError: return still
-
-    class Explorer(w.VBox):
-        def _repr_mimebundle_(self, **kwargs):
-            bundle = super()._repr_mimebundle_(**kwargs)
-            data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
-            data = {**(data or {}), **still._repr_mimebundle_()}
-            return (data, *rest) if rest else data
+    from nbs_lib.course.widgets import with_still
 
     number = w.Text(value=repr(float(x)), description="number", continuous_update=False)
     rounding = w.Dropdown(options=ROUNDINGS, description="rounding")
@@ -281,7 +275,7 @@ def explore(x: float = 0.1):
 
     for control in (number, rounding, saturate): control.observe(show, "value")
     show()
-    return Explorer([w.HBox([number, rounding, saturate]), page])
+    return with_still([w.HBox([number, rounding, saturate]), page], still)
 
 # %% ../nbs/07_precision.ipynb #precision-036
 def steady_gpt(steps: int = 20, hidden: int = 64):

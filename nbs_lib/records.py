@@ -607,13 +607,7 @@ def step_through(records: list[Record]):
     still = holdings(records)
     try: import ipywidgets as w
     except ImportError: return still
-
-    class Steps(w.VBox):
-        def _repr_mimebundle_(self, **kwargs):
-            bundle = super()._repr_mimebundle_(**kwargs)
-            data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
-            data = {**(data or {}), **still._repr_mimebundle_()}
-            return (data, *rest) if rest else data
+    from nbs_lib.course.widgets import with_still
 
     first, last = begins(records[0]), len(records[0].events) - 1
     slider = w.IntSlider(first, first, last, description="event", continuous_update=False,
@@ -632,4 +626,4 @@ def step_through(records: list[Record]):
     on.on_click(lambda _: move(1))
     slider.observe(show, "value")
     show()
-    return Steps([w.HBox([back, on, slider]), told, picture])
+    return with_still([w.HBox([back, on, slider]), told, picture], still)

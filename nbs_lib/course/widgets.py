@@ -55,3 +55,17 @@ def memory_explorer():
     show()
     box = list(controls.values())
     return w.VBox([w.HBox([w.VBox(box[:5]), w.VBox(box[5:])]), out])
+
+
+def with_still(children: list, still):
+    """A box of controls that shows `still`, which has a _repr_mimebundle_, where there is no kernel to run them."""
+    import ipywidgets as w
+
+    class Box(w.VBox):
+        def _repr_mimebundle_(self, **kwargs):
+            bundle = super()._repr_mimebundle_(**kwargs)
+            data, *rest = bundle if isinstance(bundle, tuple) else (bundle,)
+            data = {**(data or {}), **still._repr_mimebundle_()}
+            return (data, *rest) if rest else data
+
+    return Box(children)

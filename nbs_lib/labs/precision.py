@@ -7,14 +7,15 @@ import gc
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 
 from .. import fp8
 from ..course.figures import Table, subplots, svg, table
-from ..course.lab import Choice, Lab, Stop, Verdict
+from ..course.lab import Choice, Lab, Verdict
+from ..course.lab_written import Odd, Written, attempt, tensor_of
 from ..gpt import GPT, GPTConfig, batches, text
 from .memory import live_bytes
 from ..mixed import AdamW, gradients, shares, swallowed_share
@@ -23,11 +24,11 @@ from ..precision import FORMATS, power_of_two
 lab = Lab("07_precision", "Lab 7: precision")
 
 # %% auto #0
-__all__ = ['lab', 'SIZES', 'TRIED', 'RATE', 'SCALE', 'INTERVAL', 'FOUND', 'WAYS', 'OUTLIER', 'Bench', 'bench', 'Odd', 'Written',
-           'tensor_of', 'values_between', 'rounding_cases', 'rounded_by', 'rounded_right', 'first_step',
-           'swallowed_table', 'learn', 'learning_table', 'Stochastic', 'sizes', 'share_below', 'gradient_figure',
-           'lost_in_fp16', 'scale_table', 'scaled_by', 'scaled_by_torch', 'held_bytes', 'bytes_table', 'factors',
-           'largest_and_rms', 'product_error', 'outlier_table', 'race', 'multiplied_by']
+__all__ = ['lab', 'SIZES', 'TRIED', 'RATE', 'SCALE', 'INTERVAL', 'FOUND', 'WAYS', 'OUTLIER', 'Bench', 'bench', 'values_between',
+           'rounding_cases', 'rounded_by', 'rounded_right', 'first_step', 'swallowed_table', 'learn', 'learning_table',
+           'Stochastic', 'trained_gpt', 'sizes', 'share_below', 'gradient_figure', 'lost_in_fp16', 'scale_table',
+           'scaled_by', 'scaled_by_torch', 'held_bytes', 'bytes_table', 'factors', 'largest_and_rms', 'product_error',
+           'outlier_table', 'race', 'multiplied_by']
 
 # %% ../../nbs/labs/07_precision.ipynb #07-lab-precision-004
 #: What is trained on a GPU: the least free memory, and (layers, heads, hidden, context), batch. Weights, gradients and moments in fp32
@@ -73,74 +74,6 @@ def bench() -> Bench:
                 return Bench("cuda", GPTConfig(layers, heads, hidden, 128, context), batch, (4096, 4096, 4096))
     torch.set_num_threads(1)  # so small a model is not faster on two, and much slower where others use the cores, too
     return Bench("cpu", GPTConfig(2, 4, 64, 128, 64), 8, (256, 512, 256))
-
-# %% ../../nbs/labs/07_precision.ipynb #07-lab-precision-005
-class Odd(Exception):
-    """An answer's result that cannot be compared; the message says why."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A check of a function that the learner writes.
-
-    `observe(f)`: tries f and gives (case, results) pairs. `expected()`: the same pairs as they should be. `slips`: functions as people
-    get them wrong → what the mistake is. `tell(case, i, got, want)`: a sentence on a case's results, of which the i-th differs first. `tolerance`: root mean
-    square of the difference within a case; 0 asks for equality.
-    """
-
-    right: Callable
-    observe: Callable[[Callable], list[tuple[str, Tensor]]]
-    expected: Callable[[], list[tuple[str, Tensor]]]
-    slips: Sequence[tuple[Callable, str]]
-    tell: Callable[[str, int, Tensor, Tensor], str]
-    why: str
-    tolerance: float = 0.0
-
-    @property
-    def wrong(self) -> list:
-        return [f for f, _ in self.slips]
-
-    def same(self, a: list, b: list) -> bool:
-        return all(self.close(x, y) for (_, x), (_, y) in zip(a, b, strict=True))
-
-    def close(self, x: Tensor, y: Tensor) -> bool:
-        if x.shape != y.shape:
-            return False
-        if not self.tolerance:
-            return torch.equal(x, y)
-        return bool((x - y).square().mean().sqrt() <= self.tolerance)
-
-    def judge(self, answer) -> Verdict:
-        if not callable(answer):
-            return Verdict(False, f"{answer!r} is no function: pass the function itself, without parentheses.")
-        try:
-            got = self.observe(answer)
-        except Stop:
-            raise
-        except Odd as e:
-            return Verdict(False, str(e))
-        except Exception as e:
-            return Verdict(False, f"Your function raised {type(e).__name__}: {e}")
-        want = self.expected()
-        if self.same(got, want):
-            return Verdict(True, self.why)
-        for slip, reason in self.slips:
-            if self.same(got, self.observe(slip)):
-                return Verdict(False, reason)
-        case, mine, truth = next((n, x, y) for (n, x), (_, y) in zip(got, want) if not self.close(x, y))
-        if mine.shape != truth.shape:
-            return Verdict(False, f"{case}: the result has shape {tuple(mine.shape)}; it should be {tuple(truth.shape)}.")
-        i = int((mine != truth).flatten().nonzero()[0])
-        return Verdict(False, self.tell(case, i, mine.flatten(), truth.flatten()))
-
-
-def tensor_of(result: Any, what: str) -> Tensor:
-    """A result of a learner's function as a float64 tensor; Odd where it is none."""
-    if result is None or result is ...:
-        raise Odd(f"{what} gave {result!r}: the `...` is still there.")
-    if not isinstance(result, Tensor):
-        raise Odd(f"{what} gave {type(result).__name__}; it should be a tensor.")
-    return result.detach().double()
 
 # %% ../../nbs/labs/07_precision.ipynb #07-lab-precision-008
 def values_between(dtype: torch.dtype, low: float, high: float) -> int:
@@ -306,14 +239,7 @@ class Stochastic:
     def judge(self, answer) -> Verdict:
         if not callable(answer):
             return Verdict(False, f"{answer!r} is no function: pass the function itself, without parentheses.")
-        try:
-            return self.tried(answer)
-        except Stop:
-            raise
-        except Odd as e:
-            return Verdict(False, str(e))
-        except Exception as e:
-            return Verdict(False, f"Your function raised {type(e).__name__}: {e}")
+        return attempt(lambda: self.tried(answer))
 
     def run(self, f: Callable, x: Tensor, seed: int = 0) -> Tensor:
         y = tensor_of(f(x.clone(), torch.Generator().manual_seed(seed)), "stochastic(x, generator)")
@@ -381,7 +307,7 @@ SCALE = 2.0**4
 
 
 @cache
-def _trained() -> tuple[GPT, Tensor, Tensor]:
+def trained_gpt() -> tuple[GPT, Tensor, Tensor]:
     """The GPT after 30 steps in fp32, and the next batch."""
     b = bench()
     model, data = b.model(), b.data()
@@ -396,7 +322,7 @@ def _trained() -> tuple[GPT, Tensor, Tensor]:
 @cache
 def sizes() -> Tensor:
     """The sizes of all gradients of the blocks' matrices in fp32."""
-    return torch.cat([g.flatten() for g in gradients(*_trained()).values()]).abs()
+    return torch.cat([g.flatten() for g in gradients(*trained_gpt()).values()]).abs()
 
 
 def share_below(limit: float) -> float:
@@ -421,7 +347,7 @@ def gradient_figure() -> Any:
 
 def lost_in_fp16(scale: float = SCALE) -> float:
     """The share that is zero or subnormal in a backward pass in fp16 at this scale, measured."""
-    found = shares(gradients(*_trained(), torch.float16, scale))
+    found = shares(gradients(*trained_gpt(), torch.float16, scale))
     return found["zero"] + found["subnormal"]
 
 
@@ -430,7 +356,7 @@ def scale_table() -> Table:
     lab.predicted(3)
     rows = []
     for k in (0, 4, 8, 12, 16, 20, 24, 28):
-        found = shares(gradients(*_trained(), torch.float16, 2.0**k))
+        found = shares(gradients(*trained_gpt(), torch.float16, 2.0**k))
         rows.append([f"2^{k}", f"{100 * share_below(2.0 ** (-14 - k)):.2f}", f"{100 * (found['zero'] + found['subnormal']):.2f}", f"{100 * found['infinite']:.2f}"])
     return table(rows, ["scale", "predicted lost %", "measured lost %", "infinite or NaN %"], "rrrr")
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import smollm2
-from ..calibrated import factor_of_inverse, feedback, gptq, hessian, output_error
+from ..calibrated import factor_of_inverse, feedback, gptq, hessian
 from ..course.figures import Table, subplots, svg, table
 from ..course.lab import Choice, Lab, Stop, Verdict
-from .precision import Odd, Written, _trained, bench, tensor_of
+from ..course.lab_written import Odd, Written, attempt, tensor_of
+from .precision import bench, trained_gpt
 from ..quantization import NF4, Format, choose_scales, linear_layers, model_bytes, quantize, quantize_tensor, record_inputs, relative_error
 
 lab = Lab("08_quantization", "Lab 8: quantization")
@@ -96,16 +97,10 @@ class Packing:
     def judge(self, answer) -> Verdict:
         if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not all(map(callable, answer)):
             return Verdict(False, "Both functions are asked for: lab.explain(1, (pack4, unpack4)).")
-        try:
-            for name, codes in self.cases().items():
-                if said := self.tried(*answer, name, codes):
-                    return Verdict(False, said)
-        except Stop:
-            raise
-        except Odd as e:
-            return Verdict(False, str(e))
-        except Exception as e:
-            return Verdict(False, f"Your functions raised {type(e).__name__}: {e}")
+        tried = (self.tried(*answer, name, codes) for name, codes in self.cases().items())
+        said = attempt(lambda: next(filter(None, tried), None), "One of your functions")
+        if said:
+            return said if isinstance(said, Verdict) else Verdict(False, said)
         return Verdict(True, "Half a byte a code, and all codes come back, negative ones and the last of an odd number, too. Which of two codes has the lower half is a convention: chapter 8's pack() puts the "
                              "first one there, other code does not. Whoever unpacks must know it, and the offset.")
 
@@ -401,7 +396,7 @@ LAYER, BITS = "blocks.0.up", 3
 @cache
 def caught() -> dict[str, Tensor]:
     """The layer's weight (out, in), its inputs (tokens, in), and each weight's step (out, in); on the CPU, in float64."""
-    model, ids, _ = _trained()
+    model, ids, _ = trained_gpt()
     layers, _ = linear_layers(model)
     with torch.no_grad():
         x = record_inputs(model, {LAYER: layers[LAYER]}, [ids])[LAYER]
