@@ -26,7 +26,7 @@ lab = Lab("07_precision", "Lab 7: precision")
 # %% auto #0
 __all__ = ['lab', 'SIZES', 'TRIED', 'RATE', 'SCALE', 'INTERVAL', 'FOUND', 'WAYS', 'OUTLIER', 'Bench', 'bench', 'values_between',
            'rounding_cases', 'rounded_by', 'rounded_right', 'first_step', 'swallowed_table', 'learn', 'learning_table',
-           'Stochastic', 'trained_gpt', 'sizes', 'share_below', 'gradient_figure', 'lost_in_fp16', 'scale_table',
+           'Stochastic', 'trained_here', 'sizes', 'share_below', 'gradient_figure', 'lost_in_fp16', 'scale_table',
            'scaled_by', 'scaled_by_torch', 'held_bytes', 'bytes_table', 'factors', 'largest_and_rms', 'product_error',
            'outlier_table', 'race', 'multiplied_by']
 
@@ -307,7 +307,7 @@ SCALE = 2.0**4
 
 
 @cache
-def trained_gpt() -> tuple[GPT, Tensor, Tensor]:
+def trained_here() -> tuple[GPT, Tensor, Tensor]:
     """The GPT after 30 steps in fp32, and the next batch."""
     b = bench()
     model, data = b.model(), b.data()
@@ -322,7 +322,7 @@ def trained_gpt() -> tuple[GPT, Tensor, Tensor]:
 @cache
 def sizes() -> Tensor:
     """The sizes of all gradients of the blocks' matrices in fp32."""
-    return torch.cat([g.flatten() for g in gradients(*trained_gpt()).values()]).abs()
+    return torch.cat([g.flatten() for g in gradients(*trained_here()).values()]).abs()
 
 
 def share_below(limit: float) -> float:
@@ -347,7 +347,7 @@ def gradient_figure() -> Any:
 
 def lost_in_fp16(scale: float = SCALE) -> float:
     """The share that is zero or subnormal in a backward pass in fp16 at this scale, measured."""
-    found = shares(gradients(*trained_gpt(), torch.float16, scale))
+    found = shares(gradients(*trained_here(), torch.float16, scale))
     return found["zero"] + found["subnormal"]
 
 
@@ -356,7 +356,7 @@ def scale_table() -> Table:
     lab.predicted(3)
     rows = []
     for k in (0, 4, 8, 12, 16, 20, 24, 28):
-        found = shares(gradients(*trained_gpt(), torch.float16, 2.0**k))
+        found = shares(gradients(*trained_here(), torch.float16, 2.0**k))
         rows.append([f"2^{k}", f"{100 * share_below(2.0 ** (-14 - k)):.2f}", f"{100 * (found['zero'] + found['subnormal']):.2f}", f"{100 * found['infinite']:.2f}"])
     return table(rows, ["scale", "predicted lost %", "measured lost %", "infinite or NaN %"], "rrrr")
 
@@ -582,7 +582,7 @@ def multiplied_by(f: Callable) -> list[tuple[str, Tensor]]:
     for case, (x, y) in _pairs().items():
         try:
             z = tensor_of(f(x.clone(), y.clone()), "scaled_product(a, b)")
-        except RuntimeError as e:                            # one that fits square factors alone is told so
+        except RuntimeError:                                 # one that fits square factors alone is told so
             if case != "factors that are not square":
                 raise
             found.append((case, torch.zeros(x.shape[0], y.shape[1], dtype=torch.float64)))

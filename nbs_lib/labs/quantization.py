@@ -18,7 +18,7 @@ from ..calibrated import factor_of_inverse, feedback, gptq, hessian
 from ..course.figures import Table, subplots, svg, table
 from ..course.lab import Choice, Lab, Stop, Verdict
 from ..course.lab_written import Odd, Written, attempt, tensor_of
-from .precision import bench, trained_gpt
+from .precision import bench, trained_here
 from ..quantization import NF4, Format, choose_scales, linear_layers, model_bytes, quantize, quantize_tensor, record_inputs, relative_error
 
 lab = Lab("08_quantization", "Lab 8: quantization")
@@ -396,7 +396,7 @@ LAYER, BITS = "blocks.0.up", 3
 @cache
 def caught() -> dict[str, Tensor]:
     """The layer's weight (out, in), its inputs (tokens, in), and each weight's step (out, in); on the CPU, in float64."""
-    model, ids, _ = trained_gpt()
+    model, ids, _ = trained_here()
     layers, _ = linear_layers(model)
     with torch.no_grad():
         x = record_inputs(model, {LAYER: layers[LAYER]}, [ids])[LAYER]
