@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -464,20 +465,25 @@ def collectives(rank: int, world: int) -> dict[str, list[list[float]]]:
 # %% ../nbs/04b_card.ipynb #card-055
 def sharded_hosts(rank: int, world: int, few: int = 2, many: int = 6,
                   rounds: int = 5) -> dict[str, list[float]]:
-    """What DDP's and FSDP2's hooks cost the host beyond a single GPU's step, of a Llama in bf16:
+    """What the hooks of DDP, FSDP2 and chapter 6a's ZeRO cost the host beyond a single GPU's step, of a Llama in bf16:
     {"full_shard": [a block forward, a block backward, the ends forward, the ends backward], …}.
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    from nbs_lib.course.measure.built import build, shard
+    from nbs_lib import zero
+    from nbs_lib.course.measure.built import blocks, build, shard
     from nbs_lib.models import arch
+
+    STAGES = {"zero1": zero.Zero1, "zero2": zero.Zero2, "zero3": zero.Zero3}
 
     def model(strategy: str, n: int) -> Any:
         m = build(arch(tiny("llama", n)), "bfloat16", "cuda")
         if strategy == "ddp": return DistributedDataParallel(m, device_ids=[rank])
-        if strategy != "single": shard(m, strategy, "bf16", False, None, world, "cuda")
+        if strategy in STAGES:                        # the engine lives as long as its model
+            m.engine = STAGES[strategy](m, partial(torch.optim.SGD, lr=1e-3), blocks=blocks(m))
+        elif strategy != "single": shard(m, strategy, "bf16", False, None, world, "cuda")
         return m
-    names = ("single", "ddp", "full_shard", "shard_grad_op")
+    names = ("single", "ddp", "full_shard", "shard_grad_op", *STAGES)
     calls = {name: [host_call(model(name, n), "bf16") for n in (few, many)] for name in names}
     found = in_turns(calls, few, many, rounds)
     alone = found.pop("single")

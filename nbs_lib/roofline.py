@@ -3,23 +3,24 @@
 # %% ../nbs/04_roofline.ipynb #roof-003
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 from .hardware import GPU
 from .kernels import PLACES, Card, card, kernels, seconds
 from .memory import (PRECISIONS, SHARDED, Settings, adapter_tensors, inference_memory, settings,
-                            tensors,
-                     windowed)
+                            tensors, windowed)
 from .models import Arch
 
 MiB = 2**20
 
 # %% auto #0
 __all__ = ['MiB', 'WHY', 'TERM', 'BUCKET', 'PASSES', 'step_flops', 'Time', 'Clock', 'kind_of_host', 'host_times', 'pieces',
-           'block_bytes', 'play', 'copied', 'single', 'ddp', 'sharded', 'optimize', 'predict', 'train_time', 'factor',
-           'scaled', 'decode_time']
+           'units', 'block_bytes', 'play', 'copied', 'single', 'parcels', 'ddp', 'sharded', 'optimize', 'predict',
+           'train_time', 'step_like', 'factors', 'decode_time']
 
 # %% ../nbs/04_roofline.ipynb #roof-010
 def step_flops(a: Arch, batch: int, seq: int, lora_rank: int | None = None) -> int:
@@ -73,12 +74,15 @@ class Clock:
     what belongs to other ranks. All in seconds since the step began.
     """
 
-    def __init__(self):
+    def __init__(self, host_by: float = 1.0, gpu_by: float = 1.0):
+        """host_by, gpu_by: how many times as long as predicted a machine's host and GPU take."""
+        self.host_by, self.gpu_by = host_by, gpu_by
         self.host = self.device = self.link = 0.0
         self.terms = dict.fromkeys(WHY, 0.0)
 
     def run(self, term: str, seconds: float, host: float) -> None:
         """A kernel: the host takes `host` seconds to start it, then the GPU `seconds` to run it."""
+        host, seconds = host*self.host_by, seconds*self.gpu_by
         self.host += host
         if self.host > self.device:
             self.terms["launch"] += self.host - self.device
@@ -115,7 +119,8 @@ def host_times(c: Settings, on: Card) -> list[float]:
     plain, key = table[name], " ".join([name] + ["checkpointed"]*c.checkpointing + ["lora"]*bool(c.lora_rank))
     times = list(table.get(key) or plain)
     if c.attention == "eager": times = [x + y - z for x, y, z in zip(times, table[f"{name} eager"], plain)]
-    extra = table.get(c.strategy)                                # hooks of DDP and FSDP2, for each block
+    hooks = "full_shard" if c.strategy == "hybrid_shard" else c.strategy
+    extra = table.get(hooks)                                     # of DDP, FSDP2 and ZeRO, for each block
     return [x + y for x, y in zip(times, extra)] if extra else times
 
 
@@ -141,6 +146,16 @@ def pieces(c: Settings, on: Card, launch: float | None) -> dict[str, list[tuple[
     return out
 
 # %% ../nbs/04_roofline.ipynb #roof-019
+@lru_cache(maxsize=512)
+def units(a: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many numbers each parameter holds: those of a block, and those in none."""
+    sizes = {"0": [], None: []}
+    for name, shape in a.parameter_shapes():
+        block = next((part for part in name.split(".") if part.isdigit()), None)
+        if block in sizes: sizes[block].append(prod(shape))
+    return tuple(sizes["0"]), tuple(sizes[None])
+
+
 def block_bytes(a: Arch, e: int) -> tuple[int, int]:
     """Bytes of a block's parameters, and of all others together, at e bytes each."""
     return a.layer_parameters*e, (a.parameters - a.layers*a.layer_parameters)*e
@@ -167,10 +182,28 @@ def single(c: Settings, on: Card, p: dict, clock: Clock) -> None:
 BUCKET = 25*MiB     # of DDP
 
 
+def parcels(c: Settings, e: int) -> Callable[[str, int], list[float]]:
+    """What leaves, bytes each, when so many bytes of gradients are done at a place: full buckets; with zero1, as
+    chapter 6a has it, every tensor by itself; with zero2 a block's as one.
+    """
+    own, others = ([e*n for n in sizes] for sizes in units(c.model))
+    adapters = adapter_tensors(c.model, c.lora_rank) if c.lora_rank else ()
+    if adapters: own, others = [e*n for n in adapters[:len(adapters)//c.model.layers]], []
+    waiting = 0
+
+    def leaving(done: str, size: int) -> list[float]:
+        nonlocal waiting
+        if c.strategy in ("zero1", "zero2") and done == "bE": return others
+        if c.strategy in ("zero1", "zero2"): return own if c.strategy == "zero1" else [size]
+        full, waiting = divmod(waiting + size, BUCKET)
+        return [BUCKET]*full + [waiting]*(done == "bE" and waiting > 0)
+    return leaving
+
+
 def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
     """As on one GPU, but gradients are copied into buckets and all-reduced as soon as one is full, while
     backward goes on; then copied back. zero1 and zero2: likewise (scaled or laid out instead of copied; nothing
-    comes back; zero2 scatters those of every micro-batch), and all parameters are gathered after the step.
+    comes back; zero2 scatters those of every micro-batch).
     """
     e, L = PRECISIONS[c.precision][0], c.model.layers
     block, rest = block_bytes(c.model, e)
@@ -179,17 +212,13 @@ def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
         last = micro == c.accumulation - 1
         for place, times in (("fE", 1), ("f1", L), ("fH", 1), ("bH", 1)):
             for _ in range(times): play(clock, p.get(place, []))
-        waiting = 0
+        leaving = parcels(c, e)
         for done, size in [("b1", block)]*L + [("bE", rest)]:
             play(clock, p.get(done, []))
             if not (last or c.strategy == "zero2"): continue
             copied(clock, on, e, size)
-            waiting += size
-            while waiting >= BUCKET or (waiting and done == "bE"):
-                part = min(waiting, BUCKET)
-                collective = "reduce_scatter" if c.strategy == "zero2" else "all_reduce"
-                clock.send(on.collective(collective, c.world_size, part), clock.device)
-                waiting -= part
+            collective = "reduce_scatter" if c.strategy == "zero2" else "all_reduce"
+            for part in leaving(done, size): clock.send(on.collective(collective, c.world_size, part), clock.device)
     clock.wait()
     if c.strategy == "ddp": copied(clock, on, e, block*L + rest)
 
@@ -197,14 +226,14 @@ def ddp(c: Settings, on: Card, p: dict, clock: Clock) -> None:
 def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
     """FSDP2: a block's parameters are gathered while the block before it works, and its gradients are
     scattered while the next one works. offload: each shard comes from the host's memory first, and its
-    gradient goes back there. zero3: nothing is gathered ahead, and every micro-batch's gradients are scattered.
+    gradient goes back there. zero3, as chapter 6a has it: tensor by tensor and nothing ahead, and every
+    micro-batch's gradients are scattered.
     """
     (weight, products), L, ranks = PRECISIONS[c.precision], c.model.layers, c.ranks
     to, back = (on.measured["links"][f"to {where}, pinned"] for where in ("device", "host"))
 
-    def gather(parameters: int) -> float:
-        return on.collective("all_gather", ranks,
-                             parameters*products) + c.offload*parameters*products/ranks/to
+    def gather(parcels: tuple[int, ...]) -> float:
+        return sum(on.collective("all_gather", ranks, n*products) + c.offload*n*products/ranks/to for n in parcels)
 
     def scatter(parameters: int) -> float:
         more = on.collective("all_reduce", c.world_size//ranks,
@@ -212,6 +241,7 @@ def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
         return on.collective("reduce_scatter", ranks,
                              parameters*weight) + more + c.offload*parameters*weight/ranks/back
     block, rest = c.model.layer_parameters, c.model.parameters - L*c.model.layer_parameters
+    own, others = units(c.model) if c.strategy == "zero3" else ((block,), (rest,))
     again = c.strategy != "shard_grad_op"
     for micro in range(c.accumulation):
         last = micro == c.accumulation - 1
@@ -222,7 +252,7 @@ def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
             gathered = size if place in ("fE", "f1", "bH") or place == "b1" and again else 0
             if gathered:
                 # one ahead: since the block before began
-                clock.send(gather(gathered), clock.device if c.strategy == "zero3" else began)
+                clock.send(gather(own if gathered == block else others), clock.device if c.strategy == "zero3" else began)
                 clock.wait()
                 copied(clock, on, products, gathered*products)
             began = clock.device
@@ -257,14 +287,15 @@ def optimize(c: Settings, on: Card, clock: Clock, launch: float | None) -> None:
 
 # %% ../nbs/04_roofline.ipynb #roof-023
 @lru_cache(maxsize=4096)
-def predict(c: Settings, on: Card, launch: float | None = None) -> Time:
-    """The time of a step with these settings (checked) on this card."""
-    clock, p = Clock(), pieces(c, on, launch)
+def predict(c: Settings, on: Card, launch: float | None = None, by: tuple[float, float] = (1.0, 1.0)) -> Time:
+    """The time of a step with these settings (checked) on this card. by: Clock's factors."""
+    clock, p = Clock(*by), pieces(c, on, launch)
     how = sharded if c.strategy in (*SHARDED, "zero3") else single if c.strategy == "single" else ddp
     how(c, on, p, clock)
     optimize(c, on, clock, launch)
     if c.strategy in ("zero1", "zero2"):
-        clock.send(on.collective("all_gather", c.world_size, sum(block_bytes(c.model, PRECISIONS[c.precision][0]))), clock.device)
+        for size in tensors(c.model):               # all parameters, tensor by tensor
+            clock.send(on.collective("all_gather", c.world_size, size*PRECISIONS[c.precision][0]), clock.device)
         clock.wait()
     t, terms = clock.device, {k: x for k, x in clock.terms.items() if x}
     dtype = "fp32" if PRECISIONS[c.precision][1] == 4 else "fp16" if c.precision == "amp_fp16" else "bf16"
@@ -289,7 +320,7 @@ def train_time(model: Any, batch: int, seq: int, precision: str = "bf16", optimi
 
     gpu: also a Card, as nbs_lib.kernels.read_card gives it for a file of `nbs measure --card`. launch:
     seconds that the host takes for each kernel; None: as measured on the course's machine. calibration: a row
-    of `nbs measure` from your machine; what it took, over what is predicted for it, scales this prediction.
+    of `nbs measure` from your machine: how much slower or faster its host, or its GPU, is (see factors).
     Raises ValueError that names the argument, the value and what is accepted.
     """
     on = gpu if isinstance(gpu, Card) else card(gpu)
@@ -298,28 +329,38 @@ def train_time(model: Any, batch: int, seq: int, precision: str = "bf16", optimi
                  shard_size, offload, lora_rank, on.gpu)
     if launch is not None and not (isinstance(launch, (int, float)) and 0 <= launch < 1):
         raise ValueError(f"launch is {launch!r}; accepted are seconds for a kernel, from 0 to below 1, or None.")
-    t = predict(c, on, launch)
-    return t if calibration is None else scaled(t, factor(calibration, on, launch))
+    if calibration is None: return predict(c, on, launch)
+    measured, known = step_like(calibration)
+    by = factors(measured, train_time(**known, gpu=on, launch=launch).settings, on, launch)
+    words = f"after a measured step, the host's times {by[0]:.2f} and the GPU's times {by[1]:.2f}"
+    t = predict(c, on, launch, by)
+    return replace(t, basis=f"{t.basis}; {words}")
 
 
-def factor(row: dict, on: Card, launch: float | None = None) -> float:
-    """What a measured step took, over what is predicted for it. row: of `nbs measure`; ValueError if it is
-    none.
-    """
-    try: measured, known = row["seconds"], row["settings"]
+def step_like(row: dict) -> tuple[float, dict[str, Any]]:
+    """What a row of `nbs measure` took, and its settings; ValueError if it is none."""
+    try: return row["seconds"], row["settings"]
     except (TypeError, KeyError):
         raise ValueError("calibration is no measured step; accepted is a row of `nbs measure`, with its settings and "
                          "seconds (a row that ran out of memory has none).") from None
-    return measured/train_time(**known, gpu=on, launch=launch).seconds
 
 
-def scaled(t: Time, by: float) -> Time:
-    """The same prediction for a machine on which everything takes `by` times as long."""
-    terms = {k: x*by for k, x in t.terms.items()}
-    return replace(t, seconds=t.seconds*by, tokens_per_second=t.tokens_per_second/by, mfu=t.mfu/by,
-                   terms=terms,
-                   device=t.device*by, host=t.host*by,
-                   basis=f"{t.basis}; scaled by {by:.3f} after a step that was measured")
+def factors(measured: float, c: Settings, on: Card, launch: float | None = None) -> tuple[float, float]:
+    """(of the host, of the GPU): how many times as long as predicted they take on a machine where this step took
+    `measured` seconds. A step tells of the one that decides its time, so the other stays as it is; unless that
+    cannot explain it: then both are as much slower or faster.
+    """
+    t = predict(c, on, launch)
+    def by(x: float) -> tuple[float, float]: return (x, 1.0) if t.host > t.device else (1.0, x)
+    low, high = 0.25, 4.0
+    if not predict(c, on, launch, by(low)).seconds <= measured <= predict(c, on, launch, by(high)).seconds:
+        return measured/t.seconds, measured/t.seconds
+    for _ in range(40):
+        middle = (low*high)**0.5
+        if predict(c, on, launch, by(middle)).seconds < measured: low = middle
+        else: high = middle
+    return by(middle)
+
 
 # %% ../nbs/04_roofline.ipynb #roof-044
 def decode_time(model: Any, batch: int, seq: int, gpu: str | GPU | Card = "h100-sxm") -> dict[str, float]:

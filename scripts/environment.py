@@ -184,21 +184,23 @@ def main() -> None:
     say(f"Environment: .venv with Python {sys.version.split()[0]} from requirements.lock")
     make_venv()
     pins = [line for line in LOCK.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    named = {canonical(re.match(r"[\w.-]+", p)[0]): p for p in pins}
-    torch = named.pop("torch").split(";")[0].strip()
+    named: dict[str, list[str]] = {}  # a package may have a pin for some Pythons and another for others: pip reads the markers
+    for pin in pins:
+        named.setdefault(canonical(re.match(r"[\w.-]+", pin)[0]), []).append(pin)
+    torch = named.pop("torch")[0].split(";")[0].strip()
     extra: list[str] = []
     if cuda:
         link_machine(kept)
         here = {n: v for n, v in kept.items() if n in ("torch", "transformers", "jax", "triton")}
         say(f"torch: {kept['torch']} with CUDA {cuda} is here already and is kept ({', '.join(f'{n} {v}' for n, v in sorted(here.items()))}); nothing is installed over it")
-        named = {n: p for n, p in named.items() if n not in kept}
+        named = {n: ps for n, ps in named.items() if n not in kept}
     else:
         extra = torch_arguments(torch)
-    lonely = [named.pop(n) for n in required("alone") if n in named]
+    lonely = [pin for n in required("alone") for pin in named.pop(n, [])]
     oracles = [pin for pin in pins if canonical(re.match(r"[\w.-]+", pin)[0]) in required("oracle")]
-    named = {n: p for n, p in named.items() if p not in oracles}
+    named = {n: ps for n, ps in named.items() if n not in required("oracle")}
     wanted = VENV / "wanted.txt"
-    wanted.write_text("\n".join(named.values()) + "\n")
+    wanted.write_text("\n".join(pin for ps in named.values() for pin in ps) + "\n")
     constraints = VENV / "kept.txt"
     constraints.write_text("\n".join(f"{n}=={v}" for n, v in kept.items()) + "\n")
     steps = ([["install", *extra]] if extra else []) + [

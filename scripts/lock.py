@@ -18,7 +18,7 @@ def main() -> None:
     config.read(ROOT / "settings.ini", encoding="utf-8")
     cfg = config["DEFAULT"]
     wanted = [TORCH, "setuptools", *cfg["requirements"].split()]
-    for extra in ("torch", "labs", "dev"):
+    for extra in ("torch", "jax", "labs", "dev"):
         wanted += cfg[f"{extra}_requirements"].split()
     lonely = cfg["alone_requirements"].split() + cfg["oracle_requirements"].split()
     pins = sorted(resolve(wanted, cfg) + resolve(lonely, cfg, "--no-deps"), key=lambda pin: pin.partition("=")[0])

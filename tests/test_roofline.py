@@ -23,29 +23,30 @@ def error(r): return abs(100*(train_time(**r["settings"]).seconds/r["seconds"] -
 def test_step_times_on_one_h100():
     """Nothing is fitted to these rows. The issue's goal is a median of 10% and a worst of 30%; host-bound steps miss the second."""
     e = sorted(error(r) for r in ROWS if r["settings"]["world_size"] == 1)
-    assert len(e) >= 110 and statistics.median(e) <= 6 and e[int(0.9*len(e))] <= 25 and e[-1] <= 50
+    assert len(e) >= 135 and statistics.median(e) <= 6 and e[int(0.9*len(e))] <= 22 and e[-1] <= 46
 
 
 def test_step_times_where_the_gpu_is_busy():
     """Where the host needs less than 70% of the GPU's time."""
     busy = [r for r in ROWS if r["settings"]["world_size"] == 1 and (t := train_time(**r["settings"])).host < 0.7*t.device]
     e = [error(r) for r in busy]
-    assert len(e) >= 35 and statistics.median(e) <= 5 and max(e) <= 20
+    assert len(e) >= 50 and statistics.median(e) <= 4 and max(e) <= 21
 
 
-def test_step_times_on_two_h100s():
-    """DDP and FSDP2. Offloaded steps are not in it: the host's optimizer is not right yet."""
-    e = [error(r) for r in ROWS if r["settings"]["world_size"] == 2 and not r["settings"]["offload"]]
-    assert len(e) >= 14 and statistics.median(e) <= 10 and max(e) <= 30
+@pytest.mark.parametrize("ranks,rows", [(2, 36), (4, 13)])
+def test_step_times_on_several_h100s(ranks, rows):
+    """DDP, FSDP2 and the course's ZeRO: median 10%, worst 30%. Offloaded steps are not in it: the host's optimizer is not right yet."""
+    e = [error(r) for r in ROWS if r["settings"]["world_size"] == ranks and not r["settings"]["offload"]]
+    assert len(e) >= rows and statistics.median(e) <= 8 and max(e) <= 26
 
 
 def test_one_calibration_step():
-    """Another step of the same model and precision as calibration: median 5%, or nearly."""
+    """Another step of the same model and precision as calibration: median 5%."""
     out, first = [], {}
     for r in (r for r in ROWS if r["settings"]["world_size"] == 1):
         known = first.setdefault((r["name"], r["settings"]["precision"]), r)
         if known is not r: out.append(abs(100*(train_time(**r["settings"], calibration=known).seconds/r["seconds"] - 1)))
-    assert len(out) >= 50 and statistics.median(out) <= 6
+    assert len(out) >= 85 and statistics.median(out) <= 5
 
 
 @given(st.sampled_from(["gpt2", "llama-3.2-1b", "qwen3-0.6b", "bert-base-uncased"]), st.integers(1, 24), st.sampled_from([64, 128, 333, 512]),

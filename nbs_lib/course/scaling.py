@@ -1,6 +1,6 @@
 """Sets the course's DDP, ZeRO and FSDP beside PyTorch's on this machine's GPUs: the same GPT, the same data, in turn, in one process for each rank.
 
-    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--steps 20] [--dry-run]
+    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--dry-run]
 
 Each way is built anew in each round, and the rounds alternate, so that what drifts (clocks, neighbours) meets all ways alike. A way that fails is a row with its
 error. After the timings one step of each is profiled, for the pictures of compute and communication. Without GPUs: --dry-run, tiny and on gloo.
@@ -28,6 +28,7 @@ WARM_UP, LEARNING_RATE = 4, 1e-4
 ALONE = ("single",)
 OURS = {"ddp": "torch ddp", "fsdp FULL_SHARD": "fsdp2 reshard", "fsdp SHARD_GRAD_OP": "fsdp2 keep"}  # and its twin
 OTHERS = ("zero1", "zero2", "zero3")
+ALL = [*ALONE, *(way for pair in OURS.items() for way in pair), *OTHERS]
 
 
 def ways(ranks: int) -> list[str]:
@@ -161,7 +162,8 @@ def worker(a: argparse.Namespace) -> None:
     rows: dict[tuple, dict] = {}
     for name in a.models:
         for round_ in range(a.rounds):
-            order = ways(ranks) if round_ % 2 == 0 else ways(ranks)[::-1]
+            order = [way for way in ways(ranks) if way in a.ways]
+            order = order if round_ % 2 == 0 else order[::-1]
             for way in order:
                 gc.collect()
                 if not a.dry_run:
@@ -216,6 +218,7 @@ def main() -> None:
     p.add_argument("--out", default="scaling.json")
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     p.add_argument("--models", nargs="+", choices=list(MODELS), default=["124m", "1.3b"])
+    p.add_argument("--ways", nargs="+", choices=ALL, default=ALL, metavar="WAY", help=f"only these: {', '.join(map(repr, ALL))}")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
@@ -229,7 +232,7 @@ def main() -> None:
     for ranks in a.ranks:
         part = out.with_suffix(f".{ranks}.json")
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "nbs_lib.course.scaling", "--out", str(part),
-                   "--models", *a.models, "--steps", str(a.steps), "--rounds", str(a.rounds), *(["--dry-run"]*a.dry_run)]
+                   "--models", *a.models, "--ways", *a.ways, "--steps", str(a.steps), "--rounds", str(a.rounds), *(["--dry-run"]*a.dry_run)]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if part.exists():
             rows += json.loads(part.read_text())

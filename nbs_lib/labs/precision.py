@@ -33,7 +33,7 @@ __all__ = ['lab', 'SIZES', 'TRIED', 'RATE', 'SCALE', 'INTERVAL', 'FOUND', 'WAYS'
 # %% ../../nbs/labs/07_precision.ipynb #07-lab-precision-004
 #: What is trained on a GPU: the least free memory, and (layers, heads, hidden, context), batch. Weights, gradients and moments in fp32
 #: take 16 bytes a parameter, a layer's activations in fp32 about 80 bytes a token and hidden unit: within 60% of that memory.
-SIZES = ((40e9, (24, 16, 1024, 512), 16), (12e9, (12, 12, 768, 512), 16), (3e9, (6, 6, 384, 256), 16))
+SIZES = ((12e9, (12, 12, 768, 512), 16), (3e9, (6, 6, 384, 256), 16))
 
 
 @dataclass(frozen=True)

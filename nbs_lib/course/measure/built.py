@@ -57,7 +57,8 @@ def _equip(model: Any, checkpointing: bool, lora_rank: int | None) -> Any:
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"))
+        conv = model.config.model_type == "gpt2"  # whose layers are Conv1D, (in, out)
+        model = get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear", lora_dropout=0.0, fan_in_fan_out=conv, task_type="CAUSAL_LM"))
     if checkpointing:
         (model.get_base_model() if lora_rank else model).gradient_checkpointing_enable({"use_reentrant": False})
     return model
