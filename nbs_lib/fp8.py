@@ -7,10 +7,13 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -470,27 +473,25 @@ def in_turn(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> di
     return {name: x if isinstance(x, str) else statistics.median(x[1:]) for name, x in found.items()}
 
 # %% ../nbs/07c_fp8.ipynb #fp8-056
-def measure_layers(sizes: Iterable[int], device: str, compiled: bool, rounds: int = 7) -> list[dict]:
-    """Seconds of forward and backward of layer(how, size), a row for each size and mode."""
+def measure_layers(sizes: Iterable[int], device: str, compiled: bool, rounds: int = 7) -> Iterator[dict]:
+    """Seconds of forward and backward of layer(how, size), a row for each mode and size as it is found."""
     def step(model: nn.Module, x: Tensor, g: Tensor) -> None:
         model(x).backward(g)
         x.grad = None
         model.zero_grad()
 
-    rows = []
-    for size in sizes:
-        for mode in ("eager", "compiled")[:1 + compiled]:
+    for mode in ("eager", "compiled")[:1 + compiled]:                 # compiling takes longest
+        for size in sizes:
             torch.compiler.reset()
             calls = {}
             for how in HOWS:
                 model, x, g = layer(how, size, device)
                 if mode == "compiled": model = torch.compile(model, dynamic=False)
                 calls[how] = lambda m=model, x=x, g=g: step(m, x, g)
-            rows.append({"what": "layer", "size": size, "mode": mode, **in_turn(calls, device, rounds)})
-    return rows
+            yield {"what": "layer", "size": size, "mode": mode, **in_turn(calls, device, rounds)}
 
 # %% ../nbs/07c_fp8.ipynb #fp8-057
-def measure_steps(config: GPTConfig, batch: int, device: str, compiled: bool, rounds: int = 5) -> list[dict]:
+def measure_steps(config: GPTConfig, batch: int, device: str, compiled: bool, rounds: int = 5) -> Iterator[dict]:
     """Tokens a second of training steps of a GPT under bf16 autocast, its blocks' layers as in HOWS."""
     ids = torch.randint(config.vocab, (batch, config.context), device=device)
 
@@ -500,7 +501,6 @@ def measure_steps(config: GPTConfig, batch: int, device: str, compiled: bool, ro
         optimizer.step()
         optimizer.zero_grad()
 
-    rows = []
     for mode in ("eager", "compiled")[:1 + compiled]:
         torch.compiler.reset()
         calls = {}
@@ -513,9 +513,8 @@ def measure_steps(config: GPTConfig, batch: int, device: str, compiled: bool, ro
             calls[how] = lambda m=run, o=optimizer: step(m, o)
         found = in_turn(calls, device, rounds)
         rate = {how: x if isinstance(x, str) else ids.numel()/x for how, x in found.items()}
-        rows.append({"what": "step", "layers": config.layers, "hidden": config.hidden, "tokens": ids.numel(),
-                     "mode": mode, **rate})
-    return rows
+        yield {"what": "step", "layers": config.layers, "hidden": config.hidden, "tokens": ids.numel(),
+               "mode": mode, **rate}
 
 # %% ../nbs/07c_fp8.ipynb #fp8-060
 BYTES = {"fp32": 4, "fp16": 2, "fp8": 1, "–": 0}
@@ -571,13 +570,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+",
-                        default=[1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384])
+                        default=[4096, 8192, 2048, 16384, 1024, 6144, 3072, 12288, 1536])
+    parser.add_argument("--part", choices=("layers", "steps"), help="--speed: only one of them")
     parser.add_argument("--batch", type=int, default=16, help="sequences of a GPT's step (--speed)")
     parser.add_argument("--layers", type=int, default=12, help="of the GPT whose steps are timed")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--out", help="write the JSON here, not on the screen")
+    parser.add_argument("--out", type=Path, help="write the JSON here after each row, not on the screen")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"provenance": provenance(command_line("nbs_lib.fp8")),
@@ -586,12 +586,15 @@ def main() -> None:
         found["losses"] = {name: [train_run(name, given.steps, seed, device=device)
                                   for seed in range(given.seeds)] for name in RUNS}
     else:
-        config = GPTConfig(given.layers, max(1, given.hidden//64), given.hidden, 50304, given.context)
-        found["rows"] = (measure_layers(given.sizes, device, not given.eager)
-                         + measure_steps(config, given.batch, device, not given.eager))
+        config, found["rows"] = GPTConfig(given.layers, max(1, given.hidden//64), given.hidden, 50304, given.context), []
+        parts = {"layers": measure_layers(given.sizes, device, not given.eager),
+                 "steps": measure_steps(config, given.batch, device, not given.eager)}
+        for row in chain.from_iterable(parts[p] for p in parts if given.part in (None, p)):
+            found["rows"].append(row)
+            print(row, file=sys.stderr, flush=True)
+            if given.out: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
     if not given.out: print(json.dumps(found))
-    else:
-        with open(given.out, "w", encoding="utf-8") as f: f.write(json.dumps(found) + "\n")
+    else: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__" and "__file__" in globals(): main()      # a module of its own, not a notebook

@@ -338,6 +338,7 @@ CHANGES = {"accelerate": [
     ("loss.backward()", "accelerator.backward(loss)"),
     ('print("loss", loss.item())\n',
      'accelerator.print("loss", accelerator.reduce(loss.detach(), "mean").item())\n'
+     'model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)\n'
      'accelerator.end_training()\n')],
   "deepspeed": [
     ('"""\nimport torch\n', '"""\nimport sys\n\nimport deepspeed\nimport torch\n'),

@@ -24,10 +24,10 @@ from .gpt import GPT, GPTConfig, batches, text
 from .precision import FORMATS
 
 # %% auto #0
-__all__ = ['LOW', 'LOSSES', 'FP32', 'WEIGHTS', 'PRECISIONS', 'named', 'Autocast', 'Ops', 'mixed_step', 'partly_trained',
+__all__ = ['LOW', 'LOSSES', 'FP32', 'ASKED', 'WEIGHTS', 'PRECISIONS', 'named', 'Autocast', 'Ops', 'mixed_step', 'partly_trained',
            'gradients', 'shares', 'measurements', 'as_fp32', 'within', 'GradScaler', 'swallowed_share', 'MasterWeights',
            'adamw', 'keep', 'AdamW', 'accumulate', 'pairwise', 'kahan_sum', 'predicted_error', 'timed_steps', 'speed',
-           'curves_of_weights', 'curve_at_scale', 'shares_by_scale', 'errors_by_matrix', 'main']
+           'measured_speed', 'curves_of_weights', 'curve_at_scale', 'shares_by_scale', 'errors_by_matrix', 'main']
 
 # %% ../nbs/07b_mixed.ipynb #mixed-011
 LOW = frozenset("""linear matmul mm bmm addmm addbmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d
@@ -39,6 +39,7 @@ FP32 = {"cpu": frozenset(LOSSES.split()), "cuda": frozenset((LOSSES + """
     softmax log_softmax layer_norm rms_norm group_norm exp expm1 log log10 log2 log1p pow rpow reciprocal
     rsqrt sinh cosh tan acos asin softplus sum cumsum cumprod norm logsumexp cosine_similarity dist pdist
     renorm""").split())}
+ASKED = frozenset("softmax log_softmax sum prod cumsum cumprod".split())    # on CUDA: told to give fp32
 
 
 def named(func: Callable) -> str:
@@ -65,12 +66,16 @@ class Autocast(TorchFunctionMode):
         self.copies = {}
         super().__exit__(*error)
 
+    def touches(self, x: Any = None) -> bool:
+        """Whether autocast may cast it: floats on its device, but not of 64 bits."""
+        return (isinstance(x, Tensor) and x.is_floating_point() and x.device.type == self.device
+                and x.dtype != torch.float64)
+
     def cast(self, x: Any, dtype: torch.dtype) -> Any:
         """x, and what is inside a list or tuple, in a dtype, if autocast may touch it."""
         if isinstance(x, (list, tuple)) and any(isinstance(i, Tensor) for i in x):
             return type(x)([self.cast(i, dtype) for i in x])
-        if (not isinstance(x, Tensor) or not x.is_floating_point() or x.device.type != self.device
-                or x.dtype in (dtype, torch.float64)): return x
+        if not self.touches(x) or x.dtype == dtype: return x
         weight = x.is_leaf and x.requires_grad and x.dtype == torch.float32 and not x._is_view()
         if dtype != self.dtype or not weight or not torch.is_grad_enabled(): return x.to(dtype)
         if id(x) not in self.copies: self.copies[id(x)] = x, x.to(dtype)    # x stays: so does its id
@@ -82,6 +87,8 @@ class Autocast(TorchFunctionMode):
         dtype = self.dtype if name in LOW else torch.float32 if name in FP32[self.device] else None
         asked = "out" in kwargs or any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values()))
         if dtype is None or asked: return func(*args, **kwargs)
+        if self.device == "cuda" and name in ASKED and self.touches(*args[:1]):      # kernels that cast as they read
+            return func(*args, **kwargs | {"dtype": torch.float32})
         return func(*self.cast(args, dtype), **{k: self.cast(v, dtype) for k, v in kwargs.items()})
 
 # %% ../nbs/07b_mixed.ipynb #mixed-014
@@ -378,7 +385,7 @@ def timed_steps(precision: str, config: GPTConfig, batch: int, seq: int, steps: 
     before, cuda = torch.get_float32_matmul_precision(), device == "cuda"
     torch.set_float32_matmul_precision(products)
     try:
-        model = GPT(config).to(device=device, dtype=weights)
+        with torch.device(device): model = GPT(config).to(weights)
         optimizer = torch.optim.AdamW(model.parameters(), fused=cuda)
         scaler = torch.amp.GradScaler(device) if low == torch.float16 else None
         ids = torch.randint(config.vocab, (batch, seq + 1), device=device)
@@ -412,6 +419,13 @@ def speed(config: GPTConfig = GPTConfig(), batch: int = 8, seq: int = 1024, roun
                "tokens_per_second": batch*seq/seconds}
         rows.append(row | {k: n for k, n in runs[-1].items() if k == "peak"})
     return rows
+
+# %% ../nbs/07b_mixed.ipynb #mixed-054a
+def measured_speed() -> list[dict[str, Any]]:
+    """The rows of speed() on an H100: 8×1,024 tokens, GPT-2 124M (nbs_lib/data/mixed_speed_h100.json)."""
+    from importlib.resources import files
+    file = files("nbs_lib")/"data"/"mixed_speed_h100.json"
+    return json.loads(file.read_text(encoding="utf-8"))["speed"]["rows"]
 
 # %% ../nbs/07b_mixed.ipynb #mixed-056
 def curves_of_weights(config: GPTConfig, steps: int, lr: float,

@@ -179,6 +179,7 @@ def worker(a: argparse.Namespace) -> None:
                 if rank == 0:
                     Path(a.out).write_text(json.dumps(list(rows.values())))
                     print(name, way, ranks, [round(statistics.median(s["seconds"])*1000, 2) if "seconds" in s else s["error"] for s in every], flush=True)
+    gc.collect()  # a DDP module that is still there keeps gloo's threads running: at exit one of them can meet an interpreter that is gone, and abort
     dist.destroy_process_group()
 
 
