@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import statistics
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from .collectives import bytes_sent, need_group
+from .course.scaling import OURS
+from .gpt import GPTConfig
 from .memory import whole
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ MiB = 2**20
 
 # %% auto #0
 __all__ = ['MiB', 'shard_batch', 'trained', 'same_everywhere', 'assign', 'Bucket', 'Buckets', 'again', 'unused', 'Means',
-           'Reducer', 'DDP', 'RecordedReducer']
+           'Reducer', 'DDP', 'RecordedReducer', 'scaling', 'measured', 'kernels_of', 'lanes']
 
 # %% ../nbs/05_ddp.ipynb #ddp-006
 def shard_batch(x: Tensor, rank: int, world_size: int) -> Tensor:
@@ -348,3 +354,72 @@ class RecordedReducer(Reducer):
         if self.side is not None: torch.cuda.current_stream().wait_stream(self.side)
         super().finish()
         for k in sorted(self.spans): self.record.end(self.spans.pop(k))
+
+# %% ../nbs/05_ddp.ipynb #ddp-103
+@cache
+def scaling() -> dict[str, Any]:
+    """What nbs_lib.course.scaling measured on H100s: {"provenance", "models", "rows"}."""
+    return json.loads((files("nbs_lib")/"data"/"scaling_h100.json").read_text(encoding="utf-8"))
+
+
+@cache
+def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Its rows by (model, way, ranks), each with seconds (of a step, the median of all rounds), rate (tokens
+    per second of all ranks), linear (rate over ranks × one GPU's) and, for the course's own, twin (over
+    PyTorch's).
+    """
+    rows = {(r["model"], r["way"], r["ranks"]): dict(r) for r in scaling()["rows"] if "rounds" in r}
+    for (model, _, ranks), r in rows.items():
+        r["seconds"] = statistics.median(s for part in r["rounds"] for s in part)
+        r["rate"] = ranks*r["batch"]*GPTConfig(**scaling()["models"][model]).context/r["seconds"]
+    for (model, way, ranks), r in rows.items():
+        r["linear"] = r["rate"]/ranks/rows[model, "single", 1]["rate"]
+        if way in OURS: r["twin"] = r["rate"]/rows[model, OURS[way], ranks]["rate"]
+    return rows
+
+# %% ../nbs/05_ddp.ipynb #ddp-110
+def kernels_of(row: dict[str, Any]) -> Record:
+    """The kernels of a stored step on rank 0's GPU as a record; NCCL's by their operation. ValueError
+    for a row without them.
+    """
+    from nbs_lib.records import Record
+
+    if "spans" not in row:
+        raise ValueError(f"row, {row.get('way')!r}, has no spans; accepted is one that has.")
+    events = []
+    for n, (lane, start, seconds, name) in enumerate(row["spans"]):
+        if name.startswith("nccl:"): continue         # the profiler's word for the kernel that it names, too
+        if lane == "communication": name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split("_")[1]).lower()
+        events += [[start, "begin", lane, name, 0, 0, n], [start + seconds, "end", lane, name, 0, 0, n]]
+    return Record.from_dict({"rank": 0, "events": sorted(events, key=lambda e: e[0])})
+
+# %% ../nbs/05_ddp.ipynb #ddp-120
+def lanes(rows: dict[str, dict[str, Any]], width: float = 9.6) -> Any:
+    """Picture: stored steps, one below the other, in ms: above what is computed, below what is sent."""
+    from matplotlib.patches import PathPatch, Rectangle
+
+    from nbs_lib.course.figures import PALETTE, subplots, svg
+    from nbs_lib.records import LOOKS, _path, overlapped, spans
+
+    fig, axes = subplots(len(rows), 1, figsize=(width, .8 + 1.12*len(rows)), squeeze=False)
+    shown, told = {"computing": "c1"}, []
+    for ax, (label, row) in zip(axes.flat, rows.items()):
+        record, boxes = kernels_of(row), {}
+        for s in spans(record):
+            kind, y = (s.name, 1) if s.lane == "communication" else ("computing", 0)
+            boxes.setdefault(kind, []).append((1e3*s.start, y + .08, 1e3*(s.end - s.start), .84))
+        for kind, those in boxes.items():
+            colour = PALETTE[shown.setdefault(kind, LOOKS.get(kind, ("c7", ""))[0])]
+            ax.add_patch(PathPatch(_path(those), facecolor=colour, linewidth=0))
+        last, share = max(x + w for those in boxes.values() for x, _, w, _ in those), overlapped(record)
+        ax.set(xlim=(0, last), ylim=(2, 0), yticks=[.5, 1.5], yticklabels=["kernels", "NCCL"])
+        said = f"{last:.0f} ms, {share:.0%} of the communication beside computing"
+        ax.set_title(f"{label}: {said}", fontsize=12)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(False)
+        told.append(f"{label}: {said}")
+    axes[-1][0].set_xlabel("ms")
+    fig.legend([Rectangle((0, 0), 1, 1, facecolor=PALETTE[c]) for c in shown.values()], shown,
+               loc="outside upper right", ncols=len(shown), handlelength=1.2)
+    return svg(fig, "Kernels of one step on rank 0's GPU, computing and communication in a lane each. "
+                    f"{'; '.join(told)}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .collectives import all_gather_into, need_group, reduce_scatter_into
 from .records import Record, Silent
-from .zero import Home, clip, find_blocks, homes, unit_name
+from .zero import Home, clip, find_blocks, homes, unit_name, weakly
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'ALIGN', 'SOURCES', 'NAMES', 'Strategy', 'ranks_per_shard', 'flat_length', 'unit_lengths', 'held',
@@ -192,13 +193,13 @@ class Unflatten(Function):
 
     @staticmethod
     def forward(ctx, shard: Tensor, flat: Flat, reduce: Callable) -> tuple[Tensor, ...]:
-        ctx.flat, ctx.reduce = flat, reduce
+        ctx.flat, ctx.reduce = ref(flat), reduce  # weakly: it keeps the views, and with them this node
         ctx.set_materialize_grads(False)          # None where a parameter was not used
         return flat.views()
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
-        ctx.reduce(ctx.flat, gradients)
+        ctx.reduce(ctx.flat(), gradients)
         return None, None, None
 
 # %% ../nbs/06_fsdp.ipynb #fsdp-026
@@ -374,7 +375,7 @@ class Schedule:
                 self.ran.append(f)
                 if len(self.ran) < len(self.plan): self.plan[len(self.ran)].start()
             f.finish()
-            f.show(self.reduce)
+            f.show(weakly(self.reduce))
             if f.module is not self.root: f.span = self.links.record.begin("compute", f"forward {f.name}")
             if torch.is_grad_enabled() and not f.shard.requires_grad: self.watch_input(f, args, kwargs)
         dtype = self.links.param_dtype

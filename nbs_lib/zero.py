@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,8 @@ ZERO = ("zero1", "zero2", "zero3")
 # %% auto #0
 __all__ = ['ZERO', 'Owner', 'part', 'own', 'one_of_zero', 'held_bytes', 'wire_bytes', 'Piece', 'Home', 'find_blocks', 'homes',
            'unit_name', 'check_model', 'elementwise', 'check_optimizer', 'by_unit', 'buckets', 'UnitRecord', 'Divided',
-           'Reducing', 'Zero1', 'clip', 'check_frozen', 'state_bytes', 'lay_out', 'Zero2', 'Unit', 'Gathering',
-           'watched', 'After', 'Zero3']
+           'weakly', 'Reducing', 'Zero1', 'clip', 'check_frozen', 'state_bytes', 'lay_out', 'Zero2', 'Unit',
+           'Gathering', 'watched', 'After', 'Zero3']
 
 # %% ../nbs/06a_zero.ipynb #zero-005
 def part(n: int, ranks: int) -> int:
@@ -275,13 +276,25 @@ class Divided:
         return Piece(name, places, p, flat, shard, store, p.requires_grad, unit)
 
 # %% ../nbs/06a_zero.ipynb #zero-027
+def weakly(method: Callable) -> Callable:
+    """A bound method for autograd to call, without keeping its object alive: Python's garbage collector does not see
+    what autograd holds, so model and optimizer would stay in memory for good.
+    """
+    held = WeakMethod(method)
+
+    def call(*args):
+        found = held()
+        return found and found(*args)
+    return call
+
+
 class Reducing(Divided):
     """Gradients become their mean over ranks while backward goes on, bucket by bucket."""
 
     def _listen(self) -> None:
         self.buckets, self.synchronizes = buckets(self.trained), True
         for i, bucket in enumerate(self.buckets):
-            for p in bucket: p.whole.register_post_accumulate_grad_hook(partial(self._arrived, p, i))
+            for p in bucket: p.whole.register_post_accumulate_grad_hook(partial(weakly(self._arrived), i))
         self.model.register_forward_pre_hook(lambda *_: self._forward_begins())
         self._reset()
 
@@ -299,8 +312,8 @@ class Reducing(Divided):
         self.diary.mark("backward")
         Variable._execution_engine.queue_callback(self._finish)             # when all of backward is done
 
-    def _arrived(self, piece: Piece, i: int, whole: nn.Parameter) -> None:
-        """A gradient is complete. Buckets leave when they are full, and in the same order on all ranks."""
+    def _arrived(self, i: int, whole: nn.Parameter) -> None:
+        """A gradient of bucket i is complete. Buckets leave when they are full, and in the same order on all ranks."""
         self._backward_begins()
         self._missing[i] -= 1
         while self._waiting and not self._missing[self._next]: self._send()

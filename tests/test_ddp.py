@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from nbs_lib import collectives
-from nbs_lib.ddp import DDP, Bucket, MiB, assign, shard_batch, trained
+from nbs_lib.ddp import DDP, Bucket, MiB, assign, kernels_of, measured, shard_batch, trained
 from nbs_lib.gpt import GPT, GPTConfig, batches, text
 from nbs_lib.memory import rounded, train_memory
-from nbs_lib.records import Record
+from nbs_lib.records import Record, overlapped, spans
 
 KiB = 1024
 LLAMA = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
@@ -451,3 +451,25 @@ def test_a_bucket_is_its_views():
     for k, v in enumerate(b.views):
         v.fill_(k + 1)
     assert b.flat.tolist() == [1]*12 + [2]*12 + [3]
+
+
+# --- what was measured on H100s (the stored file; nothing is timed here)
+
+def test_stored_steps_keep_up_with_torchs():
+    rows = {key: r for key, r in measured().items() if key[1] == "ddp"}
+    assert {(m, n) for m, _, n in rows} == {(m, n) for m in ("124m", "1.3b") for n in (2, 4)}
+    for (model, _, n), r in rows.items():
+        theirs = measured()[model, "torch ddp", n]
+        assert r["twin"] > 0.97 and abs(r["peak"]/theirs["peak"] - 1) < 0.01
+        assert r["losses"][0] == theirs["losses"][0]
+        assert all(abs(a/b - 1) < 1e-3 for a, b in zip(r["losses"], theirs["losses"]))
+        assert 0.85 < r["linear"] < 1
+
+
+def test_stored_kernels_overlap():
+    row = measured()["1.3b", "ddp", 2]
+    record = kernels_of(row)
+    assert {s.name for s in spans(record)} == {"kernels", "all_reduce"} and overlapped(record) > 0.9
+    assert len(spans(record)) == sum(not name.startswith("nccl:") for *_, name in row["spans"])
+    with pytest.raises(ValueError, match="'torch ddp', has no spans"):
+        kernels_of(measured()["1.3b", "torch ddp", 2])

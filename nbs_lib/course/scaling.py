@@ -47,7 +47,7 @@ def built(way: str, model: Any, device: Any) -> tuple[Any, Callable[[], None], C
     if way.startswith("zero"):
         from .. import zero
 
-        engine = {"zero1": zero.Zero1, "zero2": zero.Zero2, "zero3": zero.Zero3}[way](model, torch.optim.AdamW, lr=LEARNING_RATE, fused=fused)
+        engine = {"zero1": zero.Zero1, "zero2": zero.Zero2, "zero3": zero.Zero3}[way](model, torch.optim.AdamW, blocks=Block, lr=LEARNING_RATE, fused=fused)
         return model, engine.step, engine.zero_grad
     if way == "ddp":
         from ..ddp import DDP

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 import weakref
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from ..batches import schedule_position
@@ -22,6 +20,8 @@ from ..course.lab import Choice, Function, Lab
 from ..course.lab_bench import as_gpt2, device_here, fresh, largest, own_batches, rank_world, settled, small
 from ..course.lab_ranks import OnRanks, changed, lab_world, run_in
 from ..ddp import DDP, MiB, assign
+from ..ddp import measured as measured_steps
+from ..ddp import scaling as measured_file
 from ..gpt import GPT, GPTConfig
 from ..kernels import achieved
 from .memory import live_bytes
@@ -491,27 +491,18 @@ def scaling(worlds: tuple[int, ...] = (1, 2, 4, 8)) -> Table:
     return table(rows, ["tokens per second", "GPU", *(f"{n} GPU{'s'*(n > 1)}" for n in worlds)], "ll" + "r"*len(worlds))
 
 
-def stored_scaling() -> Any:
-    """Stored steps of nbs_lib.course.scaling on H100s, beside train_time's prediction for transformers' model of that size; or that there are none."""
-    import nbs_lib
-
-    path = Path(nbs_lib.__file__).parent/"data"/"scaling_h100.json"
-    if not path.exists():
-        return "Not measured yet: nbs_lib/data/scaling_h100.json is not there. `python3 -m nbs_lib.course.scaling` makes it on a machine with GPUs."
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    about, rows, found = stored["provenance"], [], {}
-    configs = {name: GPTConfig(**c) for name, c in stored["models"].items()}
-    for r in stored["rows"]:
-        if r.get("rounds") and r["way"] in ("single", "ddp", "torch ddp"):
-            seconds = statistics.median([s for part in r["rounds"] for s in part])
-            found[r["model"], r["way"], r["ranks"]] = r["ranks"]*r["batch"]*configs[r["model"]].context/seconds, r
-    for (model, way, ranks), (rate, r) in found.items():
-        alone = found.get((model, "single", 1), (None,))[0]
-        t = train_time(as_gpt2(configs[model]), r["batch"], configs[model].context, "amp_bf16", "adamw_fused",
-                       strategy="ddp" if ranks > 1 else "single", world_size=ranks)
-        rows.append([model, way, ranks, f"{t.tokens_per_second:,.0f}", f"{rate:,.0f}", f"{rate/ranks/alone:.1%}" if alone else ""])
-    print("Provenance:", ", ".join(f"{k} {about[k]}" for k in ("device", "torch", "nccl", "date", "command") if k in about))
-    return table(rows, ["model", "way", "GPUs", "predicted tokens/s", "measured tokens/s", "of linear"], "llrrrr")
+def stored_scaling() -> Table:
+    """Stored steps of nbs_lib.course.scaling on H100s: the course's DDP beside torch's; of linear as measured, and as train_time predicts it for transformers' model of that size."""
+    about, found, rows = measured_file()["provenance"], measured_steps(), []
+    for (model, way, ranks), r in sorted(found.items(), key=lambda item: (item[0][0], item[0][2])):
+        if way not in ("single", "ddp", "torch ddp"): continue
+        c = GPTConfig(**measured_file()["models"][model])
+        how = (as_gpt2(c), r["batch"], c.context, "amp_bf16", "adamw_fused")
+        guess = train_time(*how).seconds/train_time(*how, strategy="ddp" if ranks > 1 else "single", world_size=ranks).seconds
+        rows.append([model, {"single": "one GPU", "ddp": "the course's DDP", "torch ddp": "torch's DDP"}[way], ranks, f"{1e3*r['seconds']:.1f}", f"{r['rate']:,.0f}",
+                     f"{r['linear']:.1%}", f"{guess:.1%}", f"{r['twin']:.1%}" if "twin" in r else ""])
+    said = ", ".join(f"{k} {about[k]}" for k in ("device", "torch", "nccl", "date") if k in about)
+    return table(rows, ["model", "way", "GPUs", "ms a step", "tokens/s of all", "of linear", "predicted", "of torch's"], "llrrrrrr", caption=f"Measured: {said}")
 
 # %% ../../nbs/labs/05_ddp.ipynb #05-ddp-019
 def _sent(share: float) -> Callable[[], float]:
