@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")      # else JAX takes most of a GPU's memory
 
+from .course.provenance import stored
 from .jax_torch import ADAMW, MATRICES, Llama, LlamaConfig, Params, causal_attention, to_jax
 from .jax_torch import loss as jax_loss
 
@@ -258,8 +258,7 @@ SMOLLM2 = "smollm2-135m"
 
 def measurements(device: str) -> dict[str, Any] | None:
     """What was measured on "cpu" or "h100": the file's parts, or None where there is no such file."""
-    path = files("nbs_lib")/"data"/f"adapters_{device}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return stored(f"adapters_{device}")
 
 
 def methods_of_peft() -> int:

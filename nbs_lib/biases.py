@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from .course.provenance import stored
 from .kernels import card
 
 Tensors = dict[str, Tensor]
@@ -365,8 +364,7 @@ def measurements(device: str) -> dict[str, Any] | None:
     not there.
     """
     if device not in ("cpu", "h100"): raise ValueError(f"device is {device!r}; accepted are cpu and h100.")
-    file = files("nbs_lib")/"data"/f"biases_{device}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return stored(f"biases_{device}")
 
 
 def timed(found: dict[str, Any] | None, way: str, passes: str = "both") -> dict[int, dict[str, Any]]:

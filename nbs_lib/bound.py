@@ -3,13 +3,12 @@
 # %% ../nbs/10f_bound.ipynb #bound-003
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any, NamedTuple
 
+from .course.provenance import stored
 from .adapters import as_arch
 from .jax_torch import Llama, LlamaConfig, Params, to_jax
 from .jax_torch import loss as jax_loss
@@ -252,8 +251,7 @@ def ratios(rows: list[dict[str, Any]], batch: int) -> dict[str, float]:
 # %% ../nbs/10f_bound.ipynb #bound-026
 def measurements(device: str) -> dict[str, Any] | None:
     """What was measured on "cpu" (a tiny model) or "h100", or None where there is no such file."""
-    path = files("nbs_lib")/"data"/f"bound_{device}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return stored(f"bound_{device}")
 
 
 def findings() -> list[dict[str, str]]:

@@ -470,11 +470,9 @@ def sharded_hosts(rank: int, world: int, few: int = 2, many: int = 6,
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    from nbs_lib import zero
     from nbs_lib.course.measure.built import blocks, build, shard
     from nbs_lib.models import arch
-
-    STAGES = {"zero1": zero.Zero1, "zero2": zero.Zero2, "zero3": zero.Zero3}
+    from nbs_lib.zero import STAGES
 
     def model(strategy: str, n: int) -> Any:
         m = build(arch(tiny("llama", n)), "bfloat16", "cuda")

@@ -7,18 +7,17 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
 
+from .course.provenance import stored
 from .jax_torch import Array, LlamaConfig, Params, block, causal_attention, rms_norm
 
 import jax      # after jax_torch, which says what to install where there is none
@@ -159,8 +158,7 @@ def measurements(device: str = "cpu") -> dict[str, Any]:
     there is no file.
     """
     if device not in ("cpu", "h100"): raise ValueError(f"device is {device!r}; accepted are cpu and h100.")
-    file = files("nbs_lib").joinpath("data", f"compiled_{device}.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return stored(f"compiled_{device}") or {}
 
 
 def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

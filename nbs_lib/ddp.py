@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import statistics
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from .collectives import bytes_sent, need_group
+from .course.provenance import stored
 from .course.scaling import OURS
 from .gpt import GPTConfig
 from .memory import whole
@@ -359,7 +358,7 @@ class RecordedReducer(Reducer):
 @cache
 def scaling() -> dict[str, Any]:
     """What nbs_lib.course.scaling measured on H100s: {"provenance", "models", "rows"}."""
-    return json.loads((files("nbs_lib")/"data"/"scaling_h100.json").read_text(encoding="utf-8"))
+    return stored("scaling_h100")
 
 
 @cache

@@ -3,12 +3,10 @@
 # %% ../nbs/08d_decode.ipynb #decode-003
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from functools import lru_cache
-from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .course.provenance import stored
 from .fp8 import Operations
 from .kernels import Card, card
 from .quantization import Quantized, QuantizedLinear, format_of
@@ -352,8 +351,7 @@ def default_config(q: Quantized, batch: int) -> Config:
 @lru_cache(maxsize=1)
 def measured() -> dict[str, Any] | None:
     """The committed measurement on an H100; None where there is none."""
-    file = files("nbs_lib")/"data"/"decode_h100.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return stored("decode_h100")
 
 # %% ../nbs/08d_decode.ipynb #decode-030
 _vector, _dot = lru_cache(maxsize=1)(_vector_kernel), lru_cache(maxsize=1)(_dot_kernel)

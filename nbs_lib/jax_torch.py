@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ except ModuleNotFoundError as e:
                               "pip install 'nbs_lib[jax]'", name=e.name) from None
 from jax import numpy as jnp
 
-from .course.provenance import command_line, provenance
+from .course.provenance import command_line, finding, libraries, provenance, stored
 from .gpt import batches, text
 
 # %% auto #0
@@ -44,7 +43,7 @@ __all__ = ['Params', 'Array', 'MATRICES', 'ADAMW', 'Batches', 'THEIRS', 'jit_for
            'block', 'forward', 'loss', 'init_params', 'to_jax', 'to_torch', 'largest_gap', 'grads_torch', 'precision',
            'device', 'agreement', 'train_torch', 'train_jax', 'precise_adamw', 'curves', 'about', 'measure',
            'measurements', 'from_transformers', 'smollm2_jax', 'greedy_jax', 'smollm2_tokens', 'code_tokens',
-           'code_sizes', 'finding', 'of_logits', 'of_curves', 'of_smollm2', 'findings', 'effort', 'main']
+           'code_sizes', 'of_logits', 'of_curves', 'of_smollm2', 'findings', 'effort', 'main']
 
 # %% ../nbs/10_jax_torch.ipynb #jaxtorch-005
 @dataclass(frozen=True)
@@ -396,8 +395,7 @@ def curves(config: LlamaConfig, batch: int, seq: int, steps: int = 50,
 # %% ../nbs/10_jax_torch.ipynb #jaxtorch-039
 def about(module: str) -> dict[str, Any]:
     """Provenance, with the versions and the device of JAX, and how many cores this process may use."""
-    from importlib.metadata import version
-    return (provenance(command_line(module)) | {name: version(name) for name in ("jax", "jaxlib", "optax")}
+    return (provenance(command_line(module)) | libraries("jax", "jaxlib", "optax")
             | {"jax device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0))})
 
 
@@ -422,9 +420,7 @@ def measurements(name: str = "jax_torch") -> dict[str, dict[str, Any]]:
     """
     found = {}
     for kind in ("cpu", "h100"):
-        source = files("nbs_lib")/"data"/f"{name}_{kind}.json"
-        if source.is_file():
-            parts = json.loads(source.read_text(encoding="utf-8"))
+        if parts := stored(f"{name}_{kind}"):
             found[kind] = {part: x for part, x in parts.items() if "rows" in x}
     return found
 
@@ -518,13 +514,6 @@ def code_sizes() -> dict[str, int]:
             for name, parts in work.items()}
 
 # %% ../nbs/10_jax_torch.ipynb #jaxtorch-054
-def finding(claim: str, verdict: str, because: str, p: dict[str, Any]) -> dict[str, str]:
-    """A claim tested, its verdict, the reason with its numbers, and where that was measured."""
-    versions = ", ".join(f"{n} {p[n]}" for n in ("torch", "jax") if n in p)
-    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions,
-            "device": p["device"]}
-
-
 TRUE_FP32 = "only when JAX's products are set to float32"
 
 

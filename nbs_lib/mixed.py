@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .course.provenance import command_line, provenance
+from .course.provenance import command_line, provenance, stored
 from .gpt import GPT, GPTConfig, batches, text
 from .precision import FORMATS
 
 # %% auto #0
-__all__ = ['LOW', 'LOSSES', 'FP32', 'ASKED', 'WEIGHTS', 'PRECISIONS', 'named', 'Autocast', 'Ops', 'mixed_step', 'partly_trained',
-           'gradients', 'shares', 'measurements', 'as_fp32', 'within', 'GradScaler', 'swallowed_share', 'MasterWeights',
-           'adamw', 'keep', 'AdamW', 'accumulate', 'pairwise', 'kahan_sum', 'predicted_error', 'timed_steps', 'speed',
-           'measured_speed', 'curves_of_weights', 'curve_at_scale', 'shares_by_scale', 'errors_by_matrix', 'main']
+__all__ = ['LOW', 'LOSSES', 'FP32', 'SET_DTYPE', 'WEIGHTS', 'PRECISIONS', 'named', 'Autocast', 'Ops', 'mixed_step',
+           'partly_trained', 'gradients', 'shares', 'measurements', 'as_fp32', 'within', 'GradScaler',
+           'swallowed_share', 'MasterWeights', 'adamw', 'keep', 'AdamW', 'accumulate', 'pairwise', 'kahan_sum',
+           'predicted_error', 'timed_steps', 'speed', 'measured_speed', 'curves_of_weights', 'curve_at_scale',
+           'shares_by_scale', 'errors_by_matrix', 'main']
 
 # %% ../nbs/07b_mixed.ipynb #mixed-011
 LOW = frozenset("""linear matmul mm bmm addmm addbmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d
@@ -39,7 +40,7 @@ FP32 = {"cpu": frozenset(LOSSES.split()), "cuda": frozenset((LOSSES + """
     softmax log_softmax layer_norm rms_norm group_norm exp expm1 log log10 log2 log1p pow rpow reciprocal
     rsqrt sinh cosh tan acos asin softplus sum cumsum cumprod norm logsumexp cosine_similarity dist pdist
     renorm""").split())}
-ASKED = frozenset("softmax log_softmax sum prod cumsum cumprod".split())    # on CUDA: told to give fp32
+SET_DTYPE = frozenset("softmax log_softmax sum prod cumsum cumprod".split())    # on CUDA: told to give fp32
 
 
 def named(func: Callable) -> str:
@@ -87,7 +88,7 @@ class Autocast(TorchFunctionMode):
         dtype = self.dtype if name in LOW else torch.float32 if name in FP32[self.device] else None
         asked = "out" in kwargs or any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values()))
         if dtype is None or asked: return func(*args, **kwargs)
-        if self.device == "cuda" and name in ASKED and self.touches(*args[:1]):      # kernels that cast as they read
+        if self.device == "cuda" and name in SET_DTYPE and self.touches(*args[:1]):      # kernels that cast as they read
             return func(*args, **kwargs | {"dtype": torch.float32})
         return func(*self.cast(args, dtype), **{k: self.cast(v, dtype) for k, v in kwargs.items()})
 
@@ -423,9 +424,7 @@ def speed(config: GPTConfig = GPTConfig(), batch: int = 8, seq: int = 1024, roun
 # %% ../nbs/07b_mixed.ipynb #mixed-054a
 def measured_speed() -> list[dict[str, Any]]:
     """The rows of speed() on an H100: 8×1,024 tokens, GPT-2 124M (nbs_lib/data/mixed_speed_h100.json)."""
-    from importlib.resources import files
-    file = files("nbs_lib")/"data"/"mixed_speed_h100.json"
-    return json.loads(file.read_text(encoding="utf-8"))["speed"]["rows"]
+    return stored("mixed_speed_h100")["speed"]["rows"]
 
 # %% ../nbs/07b_mixed.ipynb #mixed-056
 def curves_of_weights(config: GPTConfig, steps: int, lr: float,

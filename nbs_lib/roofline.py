@@ -245,16 +245,16 @@ def sharded(c: Settings, on: Card, p: dict, clock: Clock) -> None:
     again = c.strategy != "shard_grad_op"
     for micro in range(c.accumulation):
         last = micro == c.accumulation - 1
-        forward = [("fE", rest)] + [("f1", block)]*L + [("fH", 0)]
-        backward = [("bH", rest*again)] + [("b1", block)]*L + [("bE", rest)]
+        forward = [("fE", others)] + [("f1", own)]*L + [("fH", ())]
+        backward = [("bH", others*again)] + [("b1", own)]*L + [("bE", others)]
         began = clock.device
-        for place, size in forward + backward:
-            gathered = size if place in ("fE", "f1", "bH") or place == "b1" and again else 0
-            if gathered:
+        for place, inside in forward + backward:
+            size = sum(inside)
+            if size and (place in ("fE", "f1", "bH") or place == "b1" and again):
                 # one ahead: since the block before began
-                clock.send(gather(own if gathered == block else others), clock.device if c.strategy == "zero3" else began)
+                clock.send(gather(inside), clock.device if c.strategy == "zero3" else began)
                 clock.wait()
-                copied(clock, on, products, gathered*products)
+                copied(clock, on, products, size*products)
             began = clock.device
             play(clock, p.get(place, []))
             if (last or c.strategy == "zero3") and place in ("b1", "bE"):

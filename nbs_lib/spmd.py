@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .course.provenance import finding, stored
 from .jax_torch import (Array, Llama, LlamaConfig, Params, causal_attention, loss, rms_norm, rotate,
                                to_jax)
 import jax
@@ -255,8 +254,7 @@ def predicted(layout: str, mesh: Mesh | dict, config: LlamaConfig, batch: int, s
 # %% ../nbs/10b_spmd.ipynb #spmd-074
 def measured(device: str) -> dict | None:
     """The committed measurement: "cpu" or "h100"; None where there is none."""
-    file = files("nbs_lib")/"data"/f"spmd_{device}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return stored(f"spmd_{device}")
 
 
 def speeds(data: dict) -> dict[tuple[str, str], dict]:
@@ -380,10 +378,7 @@ def findings() -> list[dict]:
 
 
 def _finding(data: dict, part: str, claim: str, verdict: str, because: str) -> dict:
-    s = data.get("parts", {}).get(part, data)["provenance"]
-    versions = {n: s[n] for n in ("jax", "jaxlib", "optax", "torch")}
-    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions,
-            "device": s["device"]}
+    return finding(claim, verdict, because, data.get("parts", {}).get(part, data)["provenance"])
 
 
 def compiler_findings(data: dict) -> list[dict]:

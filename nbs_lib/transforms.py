@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .jax_torch import (Array, Llama, LlamaConfig, Params, device, finding, largest_gap, loss, measure,
+from .course.provenance import finding
+from .jax_torch import (Array, Llama, LlamaConfig, Params, device, largest_gap, loss, measure,
                                measurements, precision, to_jax)
 
 import jax

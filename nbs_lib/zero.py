@@ -21,9 +21,9 @@ from .records import Record, Silent
 ZERO = ("zero1", "zero2", "zero3")
 
 # %% auto #0
-__all__ = ['ZERO', 'Owner', 'part', 'own', 'one_of_zero', 'held_bytes', 'wire_bytes', 'Piece', 'Home', 'find_blocks', 'homes',
-           'unit_name', 'check_model', 'elementwise', 'check_optimizer', 'by_unit', 'buckets', 'UnitRecord', 'Divided',
-           'weakly', 'Reducing', 'Zero1', 'clip', 'check_frozen', 'state_bytes', 'lay_out', 'Zero2', 'Unit',
+__all__ = ['ZERO', 'Owner', 'STAGES', 'part', 'own', 'one_of_zero', 'held_bytes', 'wire_bytes', 'Piece', 'Home', 'find_blocks',
+           'homes', 'unit_name', 'check_model', 'elementwise', 'check_optimizer', 'by_unit', 'buckets', 'UnitRecord',
+           'Divided', 'weakly', 'Reducing', 'Zero1', 'clip', 'check_frozen', 'state_bytes', 'lay_out', 'Zero2', 'Unit',
            'Gathering', 'watched', 'After', 'Zero3']
 
 # %% ../nbs/06a_zero.ipynb #zero-005
@@ -632,3 +632,6 @@ class Zero3(Gathering):
         finally:
             self.stays_whole = False
             for unit in self.units: self._free(unit)
+
+
+STAGES: dict[str, type[Reducing]] = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}

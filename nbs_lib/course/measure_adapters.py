@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..gpt import batches, text
 from ..memory import train_memory
 from ..models import arch
-from .provenance import command_line, provenance
+from .provenance import command_line, libraries, provenance
 
 WAYS = ("lora eager", "lora jit", "full eager", "full jit", "lora compiled", "lora compiled whole")
 
@@ -219,8 +219,7 @@ def costs(ways: list[str], sizes: dict[str, int], limit: float) -> Iterator[dict
 
 def versions() -> dict[str, str]:
     """Of the libraries beside PyTorch."""
-    from importlib.metadata import version
-    return {name: version(name) for name in ("jax", "jaxlib", "optax", "peft", "transformers")}
+    return libraries("jax", "jaxlib", "optax", "peft", "transformers")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from torch.nn.attention import flex_attention as flex
 from ..biases import (ALIBI, LEARNED, LIMITS, PACKED, WAYS, Case, alibi_slopes, by_sdpa, causal, distance,
                       documents, error_bound, flex_with_gradients, jax_with_gradients, judged, measurements,
                       packed, short, timed, trial, truth, verdict, with_gradients)
-from .provenance import command_line, provenance
+from .provenance import command_line, finding, libraries, provenance
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------
@@ -302,15 +302,6 @@ def measured(part: str, device: str, small: bool, seconds: float) -> Iterator[li
                 yield done
 
 
-def versions() -> dict[str, str]:
-    """{"jax", "jaxlib"}, or why there are none."""
-    try:
-        import jax
-        import jaxlib
-        return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    except ImportError as e: return {"jax": short(e), "jaxlib": ""}
-
-
 #: Seconds of each part, most telling first. A GPU call has at most ten minutes: give "jax" one of its own.
 BUDGET = {"torch": 150, "equal": 60, "limits": 90, "explain": 120, "jax": 300}
 
@@ -328,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for part in a.part or tuple(BUDGET):
         began, said = time.perf_counter(), 0
-        where = provenance(command_line("nbs_lib.course.measure_biases")) | versions()
+        where = provenance(command_line("nbs_lib.course.measure_biases")) | libraries("jax", "jaxlib")
         for rows in measured(part, device, a.small, a.seconds or BUDGET[part]):
             for r in rows[said:]: print(" | ".join(str(x) for x in r.values())[:200], flush=True)
             said = len(rows)
@@ -340,14 +331,6 @@ def main(argv: list[str] | None = None) -> None:
 
 # --- verdicts -----------------------------------------------------------------------------------------------
 
-def _finding(part: dict[str, Any], claim: str, verdict: str, because: str, how: str = "") -> dict[str, str]:
-    where = part["provenance"]
-    names = ("torch", "jax", "jaxlib")
-    return {"claim": claim, "verdict": verdict, "because": because,
-            "versions": ", ".join(f"{x} {where[x]}" for x in names if where.get(x)),
-            "device": where["device"] + (f", {how}" if how else "")}
-
-
 def limit_findings(part: dict[str, Any]) -> list[dict[str, str]]:
     """A finding for each claim of LIMITS and each way of running it with gradients that was measured."""
     out = []
@@ -355,7 +338,7 @@ def limit_findings(part: dict[str, Any]) -> list[dict[str, str]]:
         for claim in LIMITS:
             rows = [r for r in part["rows"]
                     if (r["claim"], r["how"]) == (claim, how) and r["outcome"] != "not run"]
-            if rows: out.append(_finding(part, f"flex_attention: {claim}", *verdict(rows), how))
+            if rows: out.append(finding(f"flex_attention: {claim}", *verdict(rows), part["provenance"], how))
     return out
 
 
@@ -368,11 +351,11 @@ def equal_findings(part: dict[str, Any]) -> list[dict[str, str]]:
     for way in (w for w in by_way if w.startswith("jax")):
         said, because = verdict(by_way[way])
         said = {"no longer": "holds", "holds": "false"}.get(said, said.replace("when:", "when not:"))
-        out.append(_finding(part, "JAX's attention takes a bias", said, because, way.split(", ")[1]))
+        out.append(finding("JAX's attention takes a bias", said, because, part["provenance"], way.split(", ")[1]))
     said, because = verdict(by_way["SDPA"])
     said = "false" if said == "no longer" else "holds"
-    return out + [_finding(part, "a custom bias in PyTorch needs flex_attention", said,
-                           "SDPA takes it dense, as attn_mask. " + because)]
+    return out + [finding("a custom bias in PyTorch needs flex_attention", said,
+                          "SDPA takes it dense, as attn_mask. " + because, part["provenance"])]
 
 
 def speed_findings(found: dict[str, Any]) -> list[dict[str, str]]:
@@ -383,8 +366,8 @@ def speed_findings(found: dict[str, Any]) -> list[dict[str, str]]:
     if not part["provenance"]["cuda"]:
         refused = [r["error"] for r in mine.values() if "error" in r]
         said = "false" if len(refused) == len(mine) else "holds"
-        return [_finding(part, "flex_attention trains on a CPU", said,
-                         refused[0] if refused else "its backward pass ran.")] if mine else []
+        return [finding("flex_attention trains on a CPU", said,
+                        refused[0] if refused else "its backward pass ran.", part["provenance"])] if mine else []
     for other, claim, least in (("sdpa dense", "flex_attention is faster than SDPA with a dense bias", 1.0),
                                 ("sdpa causal", "a bias in flex_attention costs no time over flash", 0.95)):
         ratios = {s: r["seconds"]/mine[s]["seconds"] for s, r in timed(found, other).items()
@@ -395,7 +378,7 @@ def speed_findings(found: dict[str, Any]) -> list[dict[str, str]]:
             "only when s is " + ", ".join(f"{s:,}" for s in good)
         because = "its time, forward and backward, over flex_attention's: " + ", ".join(
             f"{ratio:.2f} at {s:,} tokens" for s, ratio in sorted(ratios.items())) + "."
-        out.append(_finding(part, claim, said, f"{other}: {because}", "compiled"))
+        out.append(finding(claim, said, f"{other}: {because}", part["provenance"], "compiled"))
     return out
 
 

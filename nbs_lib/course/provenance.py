@@ -1,11 +1,14 @@
-"""Where a measurement comes from: what this process sees of its machine, of its libraries, and of the command that made it."""
+"""Where a measurement comes from: what this process sees of its machine, of its libraries, and of the command that made it; where it is kept, and how a verdict cites it."""
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+from importlib.resources import files
+from typing import Any
 
 
 def provenance(command: str) -> dict[str, str | int]:
@@ -24,3 +27,27 @@ def provenance(command: str) -> dict[str, str | int]:
 def command_line(module: str) -> str:
     """How this process was started, as people type it."""
     return " ".join([f"python3 -m {module}", *sys.argv[1:]])
+
+
+def libraries(*names: str) -> dict[str, str]:
+    """Versions of installed packages; "" for one that is not."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return ""
+    return {name: found(name) for name in names}
+
+
+def stored(name: str) -> dict[str, Any] | None:
+    """A committed measurement, nbs_lib/data/NAME.json; None where there is none."""
+    file = files("nbs_lib") / "data" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def finding(claim: str, verdict: str, because: str, where: dict[str, Any], how: str = "") -> dict[str, str]:
+    """A claim tested, its verdict, the reason with its numbers, and where that was measured: `where` is provenance, `how` a word beside the device."""
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "jax", "jaxlib") if where.get(name))
+    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions, "device": where["device"] + (f", {how}" if how else "")}

@@ -45,9 +45,9 @@ def built(way: str, model: Any, device: Any) -> tuple[Any, Callable[[], None], C
     fused = device.type == "cuda"
     adamw = lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=fused)  # noqa: E731
     if way.startswith("zero"):
-        from .. import zero
+        from ..zero import STAGES
 
-        engine = {"zero1": zero.Zero1, "zero2": zero.Zero2, "zero3": zero.Zero3}[way](model, torch.optim.AdamW, blocks=Block, lr=LEARNING_RATE, fused=fused)
+        engine = STAGES[way](model, torch.optim.AdamW, blocks=Block, lr=LEARNING_RATE, fused=fused)
         return model, engine.step, engine.zero_grad
     if way == "ddp":
         from ..ddp import DDP
