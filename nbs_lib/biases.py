@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -26,8 +27,8 @@ Tensors = dict[str, Tensor]
 __all__ = ['Tensors', 'TERMS', 'ALIBI', 'LEARNED', 'PACKED', 'LIMITS', 'BLOCK', 'WAYS', 'alibi_slopes', 'distance', 'Term',
            'documents', 'causal', 'packed', 'Case', 'dense_bias', 'score_mod', 'reference', 'with_gradients', 'truth',
            'unit', 'error_bound', 'off', 'by_sdpa', 'by_flex', 'jax_with_gradients', 'behind_the_check',
-           'flex_with_gradients', 'short', 'judged', 'trial', 'measurements', 'timed', 'verdict', 'computed_pairs',
-           'Work', 'work', 'limits', 'findings']
+           'flex_with_gradients', 'short', 'cause', 'judged', 'trial', 'measurements', 'timed', 'verdict',
+           'computed_pairs', 'Work', 'work', 'limits', 'findings']
 
 # %% ../nbs/10c_biases.ipynb #biases-006
 def alibi_slopes(heads: int) -> Tensor:
@@ -329,6 +330,16 @@ def short(e: Exception) -> str:
     return f"{type(e).__name__}: {text}"[:200]
 
 
+def cause(detail: str) -> str:
+    """The innermost error of short()'s line and what it says: whole sentences, if the line was cut."""
+    found = re.search(r"(?:\w+(?:Error|Exception): )*(\w+(?:Error|Exception)): (.*)", detail)
+    kind, said = found.groups() if found else ("", detail)
+    if len(detail) == 200 and ". " in said: said = said[:said.rindex(". ")]
+    said, _, where = said.partition("target: ")                       # the compiler's own postscript
+    said = said.strip() or "in " + where.split()[0] if where else said
+    return ": ".join(filter(None, (kind, said)))
+
+
 def judged(attend: Callable[[], Tensors], true: Tensors, bound: Tensors) -> dict[str, Any]:
     """{"outcome": "works", "not finite", "wrong" or "error", "worst": largest share of the bound, "detail"}.
     """
@@ -380,12 +391,12 @@ def verdict(rows: list[dict[str, Any]]) -> tuple[str, str]:
     if not rows: raise ValueError("rows is empty; accepted are the results of at least one case.")
     failed = [r for r in rows if r["outcome"] != "works"]
     because = f"{len(rows) - len(failed)} of {len(rows)} cases work, gradients included: " + "; ".join(
-        f"{r['case']}: {r['outcome']} ({r['detail']})" for r in failed) if failed else \
+        f"{r['case']}: {r['outcome']} ({cause(r['detail'])})" for r in failed) if failed else \
         f"all {len(rows)} cases work, gradients included: " + "; ".join(r["case"] for r in rows)
     because = because[0].upper() + because[1:] + "."
     if not failed: return "no longer", because
     if len(failed) == len(rows): return "holds", because
-    return "only when: " + "; ".join(r["case"] for r in failed), because
+    return "only when tried with " + " or ".join(r["case"] for r in failed), because
 
 # %% ../nbs/10c_biases.ipynb #biases-047
 BLOCK = 128           # flex_attention's blocks of scores

@@ -259,22 +259,27 @@ def findings() -> list[dict[str, str]]:
     H100's file is there.
     """
     b = next(r for r in ranked() if r["hypothesis"] == "bandwidth")
+    told = [s.date.removeprefix("read ") for seen in STORY if seen.card for s in gpu(seen.card).sources
+            if "bandwidth" in s.supports]
     out = [{"claim": "An H100 has more bandwidth than an RTX 5090, so bandwidth alone is not the story",
-            "verdict": "holds", "because": f"bandwidth alone predicts {b['third']:,.0f} samples/s on the "
-            f"H100 from the 5090's {STORY[0].rate:,.0f}; {STORY[2].rate:,.0f} were seen.", "versions": "",
-            "device": "datasheets"}]
+            "verdict": "holds", "because": f"Bandwidth alone predicts {b['third']:,.0f} samples/s on the "
+            f"H100 from the 5090's {STORY[0].rate:,.0f}; {STORY[2].rate:,.0f} were seen.",
+            "versions": f"as of {max(told)}", "device": "datasheets"}]
     if b["misses"][0] < 1.2: out[0]["verdict"] = "false"
     m = measurements("h100")
     if not m: return out
     device = {"versions": f"torch {m['provenance']['torch']}, jax {m['provenance']['jax']}",
               "device": m["provenance"]["device"]}
-    points = {b: leaders(ratios(m["rows"], b)) for b in m["batches"]}
+    changed = {b: ratios(m["rows"], b) for b in m["batches"]}
+    points = {b: leaders(x) for b, x in changed.items()}
     bound = [b for b in points if "bandwidth" in points[b]]
     out.append({"claim": "The stated small training is memory-bound on an H100",
                 "verdict": "holds" if len(bound) == len(points) else "false" if not bound else
                 f"only when the batch is {' or '.join(map(str, bound))}",
-                "because": "; ".join(f"batch {b}: the experiments point to {' or '.join(points[b])}"
-                                     for b in points) + "."} | device)
+                "because": "; ".join(f"At batch {b} the experiments point to {' or '.join(points[b])}: "
+                                     + ", ".join(f"{e} {x:.2f}" for e, x in changed[b].items()
+                                                 if e in tuple(CHANGES)[:3])
+                                     for b in points) + " times the time."} | device)
     seconds = {r["precision"]: r["seconds"] for r in m["rows"] if r["framework"] == "jax"
                and r.get("batch") == m["batches"][1] and "seconds" in r}
     if {"default", "highest"} <= set(seconds):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ __all__ = ['NF4', 'BLOCK', 'TENSORS', 'METHODS', 'Format', 'format_of', 'choose_
            'unpack', 'pack_trits', 'unpack_trits', 'normal_float', 'double_quantize', 'undo_double', 'Quantized',
            'store', 'Method', 'register', 'span', 'quantize_tensor', 'round_to', 'fit_ternary', 'expected_bits',
            'expected_error', 'QuantizedLinear', 'Row', 'Report', 'linear_layers', 'weight_of', 'relative_error',
-           'nbytes', 'record_inputs', 'quantize', 'model_bytes']
+           'nbytes', 'evaluating', 'record_inputs', 'together', 'in_order', 'quantize', 'model_bytes']
 
 # %% ../nbs/08_quantization.ipynb #quantize-005
 class Format(NamedTuple):
@@ -539,40 +540,119 @@ def nbytes(model: nn.Module) -> int:
     return sum({id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}.values())
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards each is in its own again."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for m, mode in modes: m.training = mode
+
+# %% ../nbs/08_quantization.ipynb #quantize-076
 def record_inputs(model: nn.Module, layers: dict[str, nn.Module],
                   calibration: Iterable[Any] | None) -> dict[str, Tensor]:
-    """What comes into each layer, (tokens, in), while the model runs on the calibration inputs."""
-    if calibration is None or isinstance(calibration, (Tensor, dict)):
-        said = "None" if calibration is None else f"a {type(calibration).__name__}"
-        raise ValueError(f"calibration is {said}; accepted for this method is a list of the model's inputs.")
+    """What comes into each layer, (tokens, in), while the model runs on the calibration inputs, one after the
+    other. ValueError for calibration that is no list of inputs, or never reaches a layer.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def note(name: str) -> Callable:
-        def hook(module, args, named): seen[name].append((*args, *named.values())[0].detach().flatten(0, -2))
+        def hook(module, args, named): seen[name].append(_rows(args, named))
         return hook
+    given = _inputs(calibration)
     hooks = [m.register_forward_pre_hook(note(name), with_kwargs=True) for name, m in layers.items()]
-    was = model.training
-    model.eval()
     try:
-        for given in calibration:
-            if isinstance(given, dict): model(**given)
-            else: model(*(given if isinstance(given, (tuple, list)) else (given,)))
+        with evaluating(model):
+            for x in given:
+                if isinstance(x, dict): model(**x)
+                else: model(*(x if isinstance(x, (tuple, list)) else (x,)))
     finally:
         for hook in hooks: hook.remove()
-        model.train(was)
-    unseen = [name for name, found in seen.items() if not found]
+    _all_reached(seen)
+    return {name: torch.cat(found) for name, found in seen.items()}
+
+
+def _rows(args: tuple, named: dict[str, Any]) -> Tensor:
+    """A layer's input, (tokens, in)."""
+    x = (*args, *named.values())[0].detach()
+    return x.reshape(-1, x.shape[-1])
+
+
+def _inputs(calibration: Any) -> list:
+    """ValueError unless it is a list (or other iterable) of inputs."""
+    if calibration is None or isinstance(calibration, (Tensor, dict)):
+        said = "None" if calibration is None else f"a {type(calibration).__name__}"
+        raise ValueError(f"calibration is {said}; accepted for this method is a list of the model's inputs.")
+    if not (given := list(calibration)):
+        raise ValueError("calibration is empty; accepted is a list of the model's inputs.")
+    return given
+
+
+def _all_reached(found: dict[str, Any]) -> None:
+    """ValueError where nothing was found for a layer."""
+    unseen = [name for name, x in found.items() if x is None or not len(x)]
     if unseen:
         raise ValueError(f"calibration never reached layer {unseen[0]}; accepted are inputs that reach all.")
-    return {name: torch.cat(found) for name, found in seen.items()}
+
+# %% ../nbs/08_quantization.ipynb #quantize-077
+def together(calibration: Iterable[Any] | None) -> tuple[tuple, dict[str, Any]]:
+    """Calibration inputs as (arguments, named arguments) of one call, tensors one after the other along their
+    first dimension. ValueError for inputs that do not go together.
+    """
+    given = _inputs(calibration)
+    named = [x if isinstance(x, dict) else dict(enumerate(x if isinstance(x, (tuple, list)) else (x,)))
+             for x in given]
+    if len({frozenset(x) for x in named}) > 1:
+        raise ValueError("calibration has inputs of several kinds; accepted are tensors, tuples of the same "
+                         "length, or dicts with the same keys (or original_inputs=True).")
+    joined = {key: _joined(key, [x[key] for x in named]) for key in named[0]}
+    return ((), joined) if isinstance(given[0], dict) else (tuple(joined.values()), {})
+
+
+def _joined(key: str | int, xs: list) -> Any:
+    """Tensors one after the other; anything else has to be the same in all inputs."""
+    kinds = sorted({str(tuple(x.shape[1:])) if isinstance(x, Tensor) and x.dim() else repr(x)[:60] for x in xs})
+    if len(kinds) > 1:
+        raise ValueError(f"calibration has {', '.join(kinds)} as shapes (after the first dimension) or values "
+                         f"of argument {key!r}; accepted is one (any, with original_inputs=True).")
+    return torch.cat(xs) if isinstance(xs[0], Tensor) and xs[0].dim() else xs[0]
+
+
+def in_order(model: nn.Module, layers: dict[str, nn.Module], calibration: Iterable[Any] | None,
+             make: Callable[[str, Tensor], nn.Module]) -> None:
+    """Run the model once, on all calibration inputs together. Where it first reaches one of the layers,
+    make(name, inputs), inputs (tokens, in), gives the layer whose output goes on, here and in later calls: so
+    each sees what those before it now give. The model itself is not changed. ValueError for calibration that
+    does not go together, or never reaches a layer.
+    """
+    new: dict[str, Any] = dict.fromkeys(layers)
+
+    def swap(name: str) -> Callable:
+        def hook(module, args, named, output):
+            if new[name] is None: new[name] = [make(name, _rows(args, named))]
+            return new[name][0](*args, *named.values())
+        return hook
+    args, named = together(calibration)
+    hooks = [m.register_forward_hook(swap(name), with_kwargs=True) for name, m in layers.items()]
+    try:
+        with evaluating(model): model(*args, **named)
+    finally:
+        for hook in hooks: hook.remove()
+    _all_reached(new)
 
 # %% ../nbs/08_quantization.ipynb #quantize-062
 @torch.no_grad()
 def quantize(model: nn.Module, method: str, group: int | str | None = 64, skip: Iterable[str] = ("lm_head",),
-             calibration: Iterable[Any] | None = None, **options: Any) -> Report:
+             calibration: Iterable[Any] | None = None, original_inputs: bool = False,
+             **options: Any) -> Report:
     """Put a QuantizedLinear in the place of each linear layer (nn.Linear, transformers' Conv1D), in place.
     Layers in `skip` and tied heads are left alone; the report says so. calibration: inputs of the model (each
-    a tensor, a tuple of arguments, or a dict of them), for methods that need them. method, group, options:
-    see quantize_tensor.
+    a tensor, a tuple of arguments, or a dict of them), for methods that need them. Those take layer after
+    layer in the order of execution, each with the inputs that the quantized layers before it give (all
+    calibration inputs in one call of the model; a layer that runs several times is quantized at its first) or,
+    with original_inputs, with all that it gets in the original model. method, group, options: see
+    quantize_tensor. The report's rows are in the order in which layers were taken.
 
     Raises ValueError, with the layer's name, for what it cannot do; the model is then as it was.
     """
@@ -591,17 +671,22 @@ def quantize(model: nn.Module, method: str, group: int | str | None = 64, skip: 
         _check_weight(f"{name}.weight", module._parameters.get("weight"))
         try: span(weight_of(module).shape, group)
         except ValueError as e: raise ValueError(f"layer {name}: {e}") from None
-    inputs = record_inputs(model, layers, calibration) if chosen.needs_inputs else {}
     made, rows, before = {}, [], nbytes(model)
-    for name, module in layers.items():
-        w = weight_of(module)
-        try: q = quantize_tensor(w.data, method, group, inputs.pop(name, None), **options)
+
+    def make(name: str, inputs: Tensor | None) -> QuantizedLinear:
+        module, w = layers[name], weight_of(layers[name])
+        try: q = quantize_tensor(w.data, method, group, inputs, **options)
         except ValueError as e: raise ValueError(f"layer {name}: {e}") from None
-        made[id(module)] = QuantizedLinear(q, module.bias, module.weight.dtype).train(module.training)
         rows.append(Row(name, q.shape, q.bits_per_weight, q.nbytes, relative_error(w, q)))
+        made[id(module)] = QuantizedLinear(q, module.bias, module.weight.dtype)
+        return made[id(module)]
+    if chosen.needs_inputs and not original_inputs: in_order(model, layers, calibration, make)
+    else:
+        inputs = record_inputs(model, layers, calibration) if chosen.needs_inputs else {}
+        for name in layers: make(name, inputs.pop(name, None))
     for parent in list(model.modules()):                # nothing can go wrong any more
         for key, child in list(parent._modules.items()):
-            if id(child) in made: parent._modules[key] = made[id(child)]
+            if id(child) in made: parent._modules[key] = made[id(child)].train(child.training)
     return Report(method, tuple(rows), tuple(skipped), before, nbytes(model))
 
 # %% ../nbs/08_quantization.ipynb #quantize-071

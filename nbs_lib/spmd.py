@@ -396,13 +396,13 @@ def compiler_findings(data: dict) -> list[dict]:
     return [
         _finding(data, "programs", "JAX parallelizes across devices automatically",
                  when if equal else "false",
-                 f"in {len(good)} layouts over {n} devices XLA put in the collectives and gradients were "
+                 f"In {len(good)} layouts over {n} devices XLA put in the collectives and gradients were "
                  f"{'equal' if equal else 'not equal'} within rounding; with the batch not placed each "
                  f"device did {lost['operations']:.1f} times the work, without an error, and sent "
                  f"{lost['bytes']:.1f} times the bytes."),
         _finding(data, "programs", "XLA finds the cheapest communication for a layout",
                  "holds" if times[worst] < 1.01 else "false",
-                 f"a device sends, as a multiple of the formula: {said}.")]
+                 f"A device sends, as a multiple of the formula: {said}.")]
 
 # %% ../nbs/10b_spmd.ipynb #spmd-080
 def speed_findings(data: dict) -> list[dict]:

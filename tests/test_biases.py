@@ -208,7 +208,25 @@ def test_verdicts():
     assert verdict([row("a", "works"), row("b", "works")]) == ("no longer", "All 2 cases work, gradients included: a; b.")
     assert verdict([row("a", "error"), row("b", "wrong")])[0] == "holds"
     said, because = verdict([row("a", "works"), row("b", "not finite")])
-    assert said == "only when: b" and because == "1 of 2 cases work, gradients included: b: not finite (why)."
+    assert said == "only when tried with b" and because == "1 of 2 cases work, gradients included: b: not finite (why)."
+
+
+def test_a_reason_names_the_innermost_error_and_is_not_cut():
+    assert biases.cause("ValueError: x must be y") == "ValueError: x must be y" and biases.cause("q, k") == "q, k"
+    long = "InductorError: LoweringException: NotImplementedError: Not supported here. This " + 200*"x"
+    assert biases.cause(long[:200]) == "NotImplementedError: Not supported here"
+    for case in biases.measurements("h100")["limits"]["rows"]:
+        if case["outcome"] == "error": assert len(biases.cause(case["detail"])) < 160 and "target:" not in biases.cause(case["detail"])
+
+
+def test_a_failure_where_all_is_a_power_of_two_says_nothing_of_other_numbers():
+    claim = "dimensions must be powers of two"
+    assert not measure.speaks(claim, "heads 8 wide") and measure.speaks(claim, "heads 96 wide") and measure.speaks("gradients become NaN", "heads 8 wide")
+    rows = [row("heads 96 wide", "works", claim), row("heads 8 wide", "error", claim)]
+    [found] = measure.limit_findings({"rows": rows, "provenance": WHERE})
+    assert found["verdict"] == "no longer" and "Another limit: heads 8 wide (why)" in found["because"]
+    [found] = measure.limit_findings({"rows": [row("heads 96 wide", "error", claim), *rows[1:]], "provenance": WHERE})
+    assert found["verdict"] == "holds"
 
 
 def test_a_pool_survives_errors_deaths_and_what_hangs():
@@ -317,7 +335,7 @@ def test_findings_follow_the_rows(monkeypatch):
     monkeypatch.setattr(measure, "measurements", lambda device: file if device == "h100" else None)
     found = {(f["claim"], f["device"]): f for f in biases.findings()}
     said = {key: f["verdict"] for key, f in found.items()}
-    assert said == {("flex_attention: gradients become NaN", "H100, compiled"): "only when: b",
+    assert said == {("flex_attention: gradients become NaN", "H100, compiled"): "only when tried with b",
                     ("JAX's attention takes a bias", "H100, xla"): "holds", ("JAX's attention takes a bias", "H100, cudnn"): "false",
                     ("a custom bias in PyTorch needs flex_attention", "H100"): "false",
                     ("flex_attention is faster than SDPA with a dense bias", "H100, compiled"): "only when s is 1,024",
