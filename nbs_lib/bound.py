@@ -276,10 +276,9 @@ def findings() -> list[dict[str, str]]:
     out.append({"claim": "The stated small training is memory-bound on an H100",
                 "verdict": "holds" if len(bound) == len(points) else "false" if not bound else
                 f"only when the batch is {' or '.join(map(str, bound))}",
-                "because": "; ".join(f"At batch {b} the experiments point to {' or '.join(points[b])}: "
-                                     + ", ".join(f"{e} {x:.2f}" for e, x in changed[b].items()
-                                                 if e in tuple(CHANGES)[:3])
-                                     for b in points) + " times the time."} | device)
+                "because": " ".join(f"At batch {b} the experiments point to {' or '.join(points[b])} (new time over "
+                                    "old: " + "; ".join(f"{e} {x:.2f}" for e, x in changed[b].items()
+                                                        if e in tuple(CHANGES)[:3]) + ")." for b in points)} | device)
     seconds = {r["precision"]: r["seconds"] for r in m["rows"] if r["framework"] == "jax"
                and r.get("batch") == m["batches"][1] and "seconds" in r}
     if {"default", "highest"} <= set(seconds):

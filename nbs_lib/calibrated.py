@@ -8,28 +8,25 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .course.provenance import command_line, provenance
 from .gpt import GPT, GPTConfig, batches, text, train
-from .quantization import (Quantized, QuantizedLinear, Report, Row, choose_scales, code_values,
-                                  format_of,
-                                  linear_layers, nbytes, nearest_codes, quantize, quantize_tensor,
-                                  record_inputs,
-                                  register, relative_error, store, weight_of)
+from .quantization import (Quantized, choose_scales, code_values, format_of, linear_layers,
+                                  nearest_codes, quantize, quantize_tensor, record_inputs, register, store)
 
 # %% auto #0
 __all__ = ['ORDERS', 'SIZES', 'WAYS', 'hessian', 'output_error', 'factor_of_inverse', 'Levels', 'feedback', 'spans', 'gptq',
-           'shrink', 'next_zero', 'best_zero', 'hqq', 'input_scales', 'round_scaled', 'awq', 'in_order', 'together',
-           'joined', 'quantize_in_order', 'gptq_flops', 'texts', 'windows', 'trained_gpt', 'rounded',
-           'with_large_inputs', 'truth', 'errors', 'foretold', 'measure', 'measured', 'main']
+           'shrink', 'next_zero', 'best_zero', 'hqq', 'input_scales', 'round_scaled', 'awq', 'gptq_flops', 'texts',
+           'windows', 'trained_gpt', 'rounded', 'with_large_inputs', 'truth', 'errors', 'foretold', 'measure',
+           'measured', 'main']
 
 # %% ../nbs/08a_calibrated.ipynb #cal-005
 def hessian(inputs: Tensor) -> Tensor:
@@ -260,77 +257,6 @@ for _name, _function in (("gptq", gptq), ("hqq", hqq), ("awq", awq)):
     for _bits in range(2, 9):
         register(f"{_name}_int{_bits}", partial(_function, format=f"affine_int{_bits}"), _function is not hqq)
 
-# %% ../nbs/08a_calibrated.ipynb #cal-043
-def in_order(model: nn.Module, layers: dict[str, nn.Module], calibration: Iterable[Any],
-             make: Callable[[str, Tensor], nn.Module]) -> None:
-    """Run the model once, on all calibration inputs together. When it reaches a layer, make(name, inputs),
-    inputs (tokens, in), gives the layer that goes on in its place: each sees what those before it now give.
-    The model itself is not changed. ValueError where inputs cannot be concatenated, or never reach a layer.
-    """
-    new: dict[str, nn.Module] = {}
-
-    def swap(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Tensor:
-            if name not in new: new[name] = make(name, args[0].detach().flatten(0, -2))
-            return new[name](args[0])
-        return hook
-    args, kwargs = together(calibration)
-    hooks = [module.register_forward_hook(swap(name)) for name, module in layers.items()]
-    was = model.training
-    model.eval()
-    try: model(*args, **kwargs)
-    finally:
-        for hook in hooks: hook.remove()
-        model.train(was)
-    unseen = [name for name in layers if name not in new]
-    if unseen: raise ValueError(f"calibration never reached layer {unseen[0]}; accepted are inputs that "
-                                f"reach all layers.")
-
-# %% ../nbs/08a_calibrated.ipynb #cal-044
-def together(calibration: Any) -> tuple[tuple, dict[str, Any]]:
-    """Calibration inputs (tensors, tuples of arguments, or dicts of them) as the arguments of one call."""
-    if calibration is None or isinstance(calibration, (Tensor, dict)):
-        said = "None" if calibration is None else f"a {type(calibration).__name__}"
-        raise ValueError(f"calibration is {said}; accepted for this method is a list of the model's inputs.")
-    given = [x if isinstance(x, (dict, tuple, list)) else (x,) for x in calibration]
-    if not given: raise ValueError("calibration is empty; accepted is a list of the model's inputs.")
-    if isinstance(given[0], dict): return (), {key: joined([x[key] for x in given]) for key in given[0]}
-    return tuple(joined(list(xs)) for xs in zip(*given)), {}
-
-
-def joined(xs: list) -> Any:
-    """Tensors one after the other along their first dimension; anything else as it is in the first input."""
-    if not isinstance(xs[0], Tensor): return xs[0]
-    shapes = {tuple(x.shape[1:]) for x in xs}
-    if len(shapes) > 1: raise ValueError(f"calibration has inputs of shapes {sorted(shapes)} after the "
-                                         f"first dimension; accepted is one.")
-    return torch.cat(xs)
-
-# %% ../nbs/08a_calibrated.ipynb #cal-045
-@torch.no_grad()
-def quantize_in_order(model: nn.Module, method: str, group: int | None = 64,
-                      skip: Iterable[str] = ("lm_head",),
-                      calibration: Iterable[Any] | None = None, **options: Any) -> Report:
-    """As nbs_lib.quantization.quantize, but each layer is quantized for the inputs that the quantized layers
-    before it give. The report's rows are in order of execution.
-    """
-    layers, skipped = linear_layers(model, skip)
-    made, rows, before = {}, [], nbytes(model)
-
-    def make(name: str, inputs: Tensor) -> nn.Module:
-        module = layers[name]
-        w = weight_of(module)
-        try: q = quantize_tensor(w.data, method, group, inputs, **options)
-        except ValueError as e: raise ValueError(f"layer {name}: {e}") from None
-        rows.append(Row(name, q.shape, q.bits_per_weight, q.nbytes, relative_error(w, q)))
-        made[id(module)] = QuantizedLinear(q, module.bias, module.weight.dtype).train(module.training)
-        return made[id(module)]
-    in_order(model, layers, calibration, make)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if id(child) in made: parent._modules[key] = made[id(child)]
-    return Report(method, tuple(rows), tuple(skipped), before, nbytes(model))
-
 # %% ../nbs/08a_calibrated.ipynb #cal-062
 def gptq_flops(out: int, columns: int, tokens: int) -> dict[str, int]:
     """Operations that GPTQ takes for a weight (out, columns) and so many tokens: of H, of its two Cholesky
@@ -364,12 +290,14 @@ def trained_gpt(steps: int, sizes: dict[str, int] = SIZES, seed: int = 0) -> GPT
     return model.requires_grad_(False)
 
 
-def rounded(model: GPT, way: str, bits: int, ids: Tensor, group: int = 64) -> GPT:
-    """A quantized copy of the model. way: of WAYS; ids: token ids (n, s) to calibrate with."""
+def rounded(model: GPT, way: str, bits: int, ids: Tensor, group: int = 64, original: bool = False) -> GPT:
+    """A quantized copy of the model. way: of WAYS; ids: token ids (n, s) to calibrate with; original: each
+    layer for the inputs that it gets in the original model.
+    """
     method, options = WAYS[way]
     twin, like = copy.deepcopy(model), dict(format=f"affine_int{bits}") | options
-    if method in ("gptq", "awq"): quantize_in_order(twin, method, group, calibration=[ids], **like)
-    else: quantize(twin, method.format(bits), group, **(like if method == "hqq" else {}))
+    quantize(twin, method.format(bits), group, calibration=[ids], original_inputs=original,
+             **({} if method.startswith("affine") else like))
     return twin
 
 # %% ../nbs/08a_calibrated.ipynb #cal-069
@@ -426,15 +354,16 @@ def foretold(model: GPT, ids: Tensor, bits: int = 3, group: int = 64,
 # %% ../nbs/08a_calibrated.ipynb #cal-071
 def measure(steps: int = 900, sizes: dict[str, int] = SIZES, device: str = "cpu") -> dict[str, Any]:
     """Train a GPT, quantize it each way, and see what that does. rows: of a part ("model", "ways", "large
-    inputs", "calibration", "tokens"), with the mean relative errors of weights and outputs, and the loss on
+    inputs", "original inputs", "calibration", "tokens"), with the mean relative errors of weights and outputs, and the loss on
     held-out text in nats a token.
     """
     model, context, rows = trained_gpt(steps, sizes).to(device), sizes["context"], []
     seen, held = texts()
     ids, targets = (x.to(device) for x in next(batches(held, 1024, context, seed=7)))
 
-    def note(part: str, base: GPT, way: str, bits: int, given: Tensor, **about: Any) -> None:
-        twin = rounded(base, way, bits, given.to(device))
+    def note(part: str, base: GPT, way: str, bits: int, given: Tensor, original: bool = False,
+             **about: Any) -> None:
+        twin = rounded(base, way, bits, given.to(device), original=original)
         off = {k: round(x, 4) for k, x in errors(true[base], twin).items()}
         rows.append(dict(part=part, way=way, bits=bits, **about, **off,
                          loss=round(float(twin(ids, targets)), 4)))
@@ -451,6 +380,7 @@ def measure(steps: int = 900, sizes: dict[str, int] = SIZES, device: str = "cpu"
     for bits in (4, 3, 2):
         for way in WAYS: note("ways", model, way, bits, some(256))
         for way in ("rtn", "awq", "gptq"): note("large inputs", large, way, bits, some(256))
+        for way in ("awq", "gptq"): note("original inputs", model, way, bits, some(256), original=True)
         for kind, given in (("text", some(256)), ("its bytes, shuffled", mixed.view(256, -1)),
                             ("random ids", noise)):
             note("calibration", model, "gptq", bits, given, kind=kind)

@@ -19,11 +19,12 @@ from .course.figures import Table, table
 from .models import arch
 
 # %% auto #0
-__all__ = ['NF4', 'BLOCK', 'TENSORS', 'METHODS', 'Format', 'format_of', 'choose_scales', 'nearest_codes', 'code_values', 'pack',
-           'unpack', 'pack_trits', 'unpack_trits', 'normal_float', 'double_quantize', 'undo_double', 'Quantized',
-           'store', 'Method', 'register', 'span', 'quantize_tensor', 'round_to', 'fit_ternary', 'expected_bits',
-           'expected_error', 'QuantizedLinear', 'Row', 'Report', 'linear_layers', 'weight_of', 'relative_error',
-           'nbytes', 'evaluating', 'record_inputs', 'together', 'in_order', 'quantize', 'model_bytes']
+__all__ = ['NF4', 'BLOCK', 'TENSORS', 'METHODS', 'Format', 'format_of', 'choose_scales', 'nf4_levels', 'nearest_codes',
+           'code_values', 'pack', 'unpack', 'pack_trits', 'unpack_trits', 'normal_float', 'double_quantize',
+           'undo_double', 'Quantized', 'store', 'Method', 'register', 'span', 'quantize_tensor', 'round_to',
+           'fit_ternary', 'expected_bits', 'expected_error', 'QuantizedLinear', 'Row', 'Report', 'linear_layers',
+           'weight_of', 'relative_error', 'nbytes', 'evaluating', 'record_inputs', 'together', 'in_order', 'quantize',
+           'model_bytes']
 
 # %% ../nbs/08_quantization.ipynb #quantize-005
 class Format(NamedTuple):
@@ -89,6 +90,18 @@ def choose_scales(x: Tensor, format: Format, clip: float = 1.0,
     return scales, (-(low/scales.float()).round()).clamp(0, format.top).to(torch.uint8)
 
 
+_LEVELS: dict[torch.device, Tensor] = {}
+
+
+def nf4_levels(device: torch.device) -> Tensor:
+    """NF4's 16 levels, (16,) fp32, made once for each device: to make them the host waits for a GPU."""
+    if device in _LEVELS and not torch.compiler.is_compiling(): return _LEVELS[device]
+    with torch.inference_mode(False): levels = torch.tensor(NF4, device=device)
+    # what is made while a compiler or another tracer looks on belongs to it
+    if type(levels) is Tensor and not torch.compiler.is_compiling(): _LEVELS[device] = levels
+    return levels
+
+
 def nearest_codes(x: Tensor, format: Format, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """The code (uint8) of the nearest level for weights x (groups, group); ties of whole numbers go to the
     even one.
@@ -97,7 +110,7 @@ def nearest_codes(x: Tensor, format: Format, scales: Tensor, zeros: Tensor | Non
     # a scale that is 0 or less has no levels: everything is 0
     y = x*torch.where(scales > 0, 1/scales, 0)[:, None]
     if format.kind == "nf4":
-        levels = torch.tensor(NF4, device=x.device)
+        levels = nf4_levels(x.device)
         return torch.bucketize(y, (levels[1:] + levels[:-1])/2).to(torch.uint8)
     zero = format.zero if zeros is None else zeros.float()[:, None]
     return (y.round() + zero).clamp(0, format.top).to(torch.uint8)
@@ -105,7 +118,7 @@ def nearest_codes(x: Tensor, format: Format, scales: Tensor, zeros: Tensor | Non
 
 def code_values(codes: Tensor, format: Format, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
     """What codes (groups, group) stand for, in fp32."""
-    if format.kind == "nf4": y = torch.tensor(NF4, device=codes.device)[codes.int()]
+    if format.kind == "nf4": y = nf4_levels(codes.device)[codes.int()]
     else: y = codes.float() - (format.zero if zeros is None else zeros.float()[:, None])
     return y*scales.float()[:, None]
 
@@ -612,11 +625,13 @@ def together(calibration: Iterable[Any] | None) -> tuple[tuple, dict[str, Any]]:
 
 def _joined(key: str | int, xs: list) -> Any:
     """Tensors one after the other; anything else has to be the same in all inputs."""
-    kinds = sorted({str(tuple(x.shape[1:])) if isinstance(x, Tensor) and x.dim() else repr(x)[:60] for x in xs})
+    batches = [isinstance(x, Tensor) and x.dim() > 0 for x in xs]
+    kinds = {f"shape (…, {str(tuple(x.shape[1:]))[1:]}" if is_batch else repr(x)[:60]
+             for x, is_batch in zip(xs, batches)}
     if len(kinds) > 1:
-        raise ValueError(f"calibration has {', '.join(kinds)} as shapes (after the first dimension) or values "
-                         f"of argument {key!r}; accepted is one (any, with original_inputs=True).")
-    return torch.cat(xs) if isinstance(xs[0], Tensor) and xs[0].dim() else xs[0]
+        raise ValueError(f"calibration has {' and '.join(sorted(kinds))} for argument {key!r}; accepted is one "
+                         "shape after the first dimension (or original_inputs=True).")
+    return torch.cat(xs) if batches[0] else xs[0]
 
 
 def in_order(model: nn.Module, layers: dict[str, nn.Module], calibration: Iterable[Any] | None,
@@ -649,10 +664,10 @@ def quantize(model: nn.Module, method: str, group: int | str | None = 64, skip: 
     """Put a QuantizedLinear in the place of each linear layer (nn.Linear, transformers' Conv1D), in place.
     Layers in `skip` and tied heads are left alone; the report says so. calibration: inputs of the model (each
     a tensor, a tuple of arguments, or a dict of them), for methods that need them. Those take layer after
-    layer in the order of execution, each with the inputs that the quantized layers before it give (all
-    calibration inputs in one call of the model; a layer that runs several times is quantized at its first) or,
-    with original_inputs, with all that it gets in the original model. method, group, options: see
-    quantize_tensor. The report's rows are in the order in which layers were taken.
+    layer in the order of execution, each with the inputs that the quantized layers before it give (in one call
+    of the model on all inputs; a layer that runs several times is quantized at its first) or, original_inputs,
+    with all that it gets in the original model. The report's rows are in the order in which layers were taken.
+    method, group, options: see quantize_tensor.
 
     Raises ValueError, with the layer's name, for what it cannot do; the model is then as it was.
     """
