@@ -396,7 +396,7 @@ def verdict(rows: list[dict[str, Any]]) -> tuple[str, str]:
     because = because[0].upper() + because[1:] + "."
     if not failed: return "no longer", because
     if len(failed) == len(rows): return "holds", because
-    return "only when tried with " + " or ".join(r["case"] for r in failed), because
+    return "only when tried with " + ", or ".join(r["case"] for r in failed), because
 
 # %% ../nbs/10c_biases.ipynb #biases-047
 BLOCK = 128           # flex_attention's blocks of scores

@@ -359,9 +359,10 @@ VARIANTS = ("file", "q4_1:32", "int8:row", "int8:tensor", "int6:64", "int5:64", 
 
 
 def variant(name: str) -> tuple[str, int | str | None]:
-    """(method, group) of "method:group". ValueError for a name without a group or with one that is no number.
+    """(method, group) of "method:group", or of "method:group:original", which is calibrated with the inputs
+    of the original model. ValueError for a name without a group or with one that is no number.
     """
-    method, _, group = name.partition(":")
+    method, _, group = name.removesuffix(":original").partition(":")
     if group == "row": return method, None
     if group == "tensor" or group.isdigit(): return method, int(group) if group.isdigit() else group
     raise ValueError(f"variant is {name!r}; accepted is method:group, the group a number, 'row' or 'tensor'.")
@@ -389,7 +390,8 @@ def quantized(name: str) -> tuple[nn.Module, Report | None]:
     if method not in METHODS: import nbs_lib.calibrated          # registers gptq, hqq and awq
     model = copy.deepcopy(model)
     needed = method in METHODS and METHODS[method].needs_inputs
-    return model, quantize(model, method, group, calibration=calibration(tokenizer) if needed else None)
+    return model, quantize(model, method, group, calibration=calibration(tokenizer) if needed else None,
+                           original_inputs=name.endswith(":original"))
 
 # %% ../nbs/08c_smollm2.ipynb #smollm2-036
 def measure(name: str) -> dict[str, Any]:
@@ -421,10 +423,13 @@ def setup(tokenizer: Any) -> dict[str, Any]:
             "tasks": {t: fingerprint(task(tokenizer, t)) for t in TASKS}}
 
 
-def rows(path: Path | None = None) -> list[dict[str, Any]]:
-    """The committed measurement (or the file at `path`): a dict a variant, with its provenance."""
+def rows(path: Path | None = None, original: bool = False) -> list[dict[str, Any]]:
+    """The committed measurement (or the file at `path`): a dict a variant, with its provenance. original: those
+    that were calibrated with the original model's inputs, instead of all others.
+    """
     source = files("nbs_lib")/"data"/ROWS if path is None else path
-    return json.loads(source.read_text())["rows"]
+    held = json.loads(source.read_text())["rows"]
+    return [r for r in held if r["variant"].endswith(":original") == original]
 
 
 def machine(module: str) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator
 
+from ...memory import SHARDED, ZERO
 from ...models import Arch
 
-SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")
-ZERO = ("zero1", "zero2", "zero3")
 LEARNING_RATE = 1e-5
 
 
@@ -190,20 +189,21 @@ def divide(a: Arch, c: dict[str, Any], device: str, lr: float) -> Any:
     """The course's own ZeRO (nbs_lib.zero) of the stage that the settings name; it stands where the optimizer does, and its `model` is the model."""
     import torch
 
-    from ... import zero
+    from ...zero import STAGES
 
+    stage = STAGES[c["strategy"]]
     model = hollow(a, "bfloat16" if c["precision"] == "bf16" else "float32", c["attention"])
     how: dict[str, Any] = dict(optimizer=lambda parameters: optimizer(c["optimizer"], parameters, lr))
     if c["strategy"] == "zero3":  # divided while it is on the meta device: no rank ever holds all of it
         for module in model.modules():
             _move_buffers(module, device)
         model = _equip(model, c["checkpointing"], None)
-        z = zero.Zero3(model, blocks=blocks(model), dtype=torch.bfloat16 if c["precision"] == "amp_bf16" else None, device=device, **how)
+        z = stage(model, blocks=blocks(model), dtype=torch.bfloat16 if c["precision"] == "amp_bf16" else None, device=device, **how)
         fill(z, exact=device == "cpu")
     else:
         lay_down(model, device)
         model = _equip(model, c["checkpointing"], None)
-        z = (zero.Zero1 if c["strategy"] == "zero1" else zero.Zero2)(model, blocks=blocks(model), **how)
+        z = stage(model, blocks=blocks(model), **how)
     _tidy(device)
     return z
 

@@ -329,11 +329,18 @@ def words(e: BaseException) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:400]}{where}"
 
 
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def join(job: dict, rank: int) -> Any:
     """Take this rank's device and, but for strategy "single", its place in the process group; returns the store that ranks share, or None."""
     import torch
 
     cuda, c = job["device"] == "cuda", job["settings"]
+    # what is offloaded is updated on the CPU: if each rank takes all of its cores, ranks wait for each other's threads
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cpus() // c.get("world_size", 1))))
     if cuda:
         torch.cuda.set_device(rank)
     if c.get("strategy", "single") == "single":

@@ -10,8 +10,9 @@ import statistics
 import time
 from typing import Any
 
+from ...memory import SHARDED, ZERO
 from ...models import arch
-from .built import LEARNING_RATE, SHARDED, ZERO, divide, hollow, lay_down, make, optimizer
+from .built import LEARNING_RATE, divide, hollow, lay_down, make, optimizer
 
 STEADY = 3        # the first two steps are unlike the rest; the third is the steady one that is predicted
 AFTER = {"forward": "backward", "backward": "step", "step": "forward"}
@@ -216,6 +217,8 @@ def provenance(c: dict) -> dict[str, Any]:
     import transformers
 
     out: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "transformers": transformers.__version__}
+    if c.get("offload"):
+        out["threads"] = torch.get_num_threads()
     if c.get("lora_rank"):
         import peft
 
@@ -301,7 +304,6 @@ def rehearse(job: dict, rank: int, store: Any) -> dict:
     """Steps on a CPU: their losses, and the bytes that the first forward pass keeps for backward (each storage once; no weights, buffers, ids)."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job["settings"]["world_size"]))
     step = Step(job, rank)
     try:
         step.build()
