@@ -21,10 +21,10 @@ from .kernels import Card, card
 from .quantization import Quantized, QuantizedLinear, format_of
 
 # %% auto #0
-__all__ = ['PTX', 'SHAPE', 'BITS', 'INTEGER', 'VECTORS', 'DOTS', 'moved', 'instructions', 'copied', 'large_product', 'Parts',
-           'predicted', 'crossover', 'Moves', 'unquantized', 'unpacking', 'unpacked_weight', 'unpacked_product',
-           'Config', 'group_steps', 'fitting', 'has_triton', 'interpreted', 'why_plain', 'default_config', 'measured',
-           'launch', 'quantized_matmul', 'error_bound', 'off']
+__all__ = ['PTX', 'SHAPE', 'BITS', 'INTEGER', 'VECTORS', 'DOTS', 'dot_kernel', 'moved', 'instructions', 'copied', 'large_product',
+           'Parts', 'predicted', 'crossover', 'Moves', 'unquantized', 'unpacking', 'unpacked_weight',
+           'unpacked_product', 'Config', 'group_steps', 'fitting', 'has_triton', 'interpreted', 'why_plain',
+           'default_config', 'measured', 'dot_constants', 'launch', 'quantized_matmul', 'error_bound', 'off']
 
 # %% ../nbs/08d_decode.ipynb #decode-005
 # four bytes in register {0}: their low halves in l, their high ones in h
@@ -177,57 +177,76 @@ def unpacked_product(x: Tensor, codes: Tensor, scales: Tensor, bits: int, levels
 
 # %% ../nbs/08d_decode.ipynb #decode-022
 def _vector_kernel() -> Any:
-    """Batch 1, without tensor cores: a program takes ROWS rows, a thread 16 bytes of each row's codes."""
-    global triton, tl, FP32_4, FP32_8
+    """Batch 1, without tensor cores: a program takes ROWS rows, a thread 16 bytes of each row's codes. AHEAD:
+    ask for the next chunk of codes before this one is multiplied.
+    """
+    global triton, tl, FP32_4, FP32_8, asked, multiplied
     import triton
     import triton.language as tl
     FP32_4, FP32_8 = tl.constexpr(PTX["fp32 4"]), tl.constexpr(PTX["fp32 8"])
 
     @triton.jit
-    def vector_kernel(x, codes, scales, y, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-                      ZERO: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
-                      INLINE: tl.constexpr):
-        PER: tl.constexpr = 8//BITS                            # codes in a byte
-        first = tl.program_id(0).to(tl.int64)*ROWS
-        chunk, row = tl.arange(0, CHUNKS), tl.arange(0, ROWS)
-        if EARLY:       # ask for codes while the kernel before still runs; x may be its result: wait for that
-            tl.extra.cuda.gdc_launch_dependents()
-            lines = codes + (first + row[:, None])*(K//PER) + tl.arange(0, CHUNKS//8)[None]*128
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], tl.int32,
-                                      False, 1)
-            tl.extra.cuda.gdc_wait()
-        acc = tl.zeros([CHUNKS, ROWS], tl.float32)
-        for start in range(0, K//PER, CHUNKS*16):
-            at = start + chunk[:, None]*16 + tl.arange(0, 16)[None, :]
-            group = (start + chunk*16)*PER//GROUP
-            v = tl.load(x + at)                                # 4 bits: two numbers, as one int32
+    def asked(codes, scales, at, first, chunk, K: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
+              ROWS: tl.constexpr):
+        c, s = (), ()                                          # of each row: 16 bytes a thread, and their scale
+        for r in tl.static_range(ROWS):
+            lines = codes + (first + r)*(K//PER) + at + chunk[:, None]*16 + tl.arange(0, 16)[None, :]
+            c = c + (tl.load(lines, eviction_policy="evict_first"),)
+            s = s + (tl.load(scales + (first + r)*(K//GROUP) + (at + chunk*16)*PER//GROUP),)
+        return c, s
+
+    @triton.jit
+    def multiplied(acc, x, c, s, at, chunk, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
+                   INLINE: tl.constexpr):
+        v = tl.load(x + at + chunk[:, None]*16 + tl.arange(0, 16)[None, :])
+        if BITS == 4:                                          # two numbers, as one int32
+            even = (v << 16).to(tl.float32, bitcast=True)
+            odd = (v & -65536).to(tl.float32, bitcast=True)
+            over = tl.sum(even + odd, 1)*(128 + ZERO)
+        else: v = v.to(tl.float32)
+        for r in tl.static_range(ROWS):
             if BITS == 4:
-                even = (v << 16).to(tl.float32, bitcast=True)
-                odd = (v & -65536).to(tl.float32, bitcast=True)
-                over = tl.sum(even + odd, 1)*(128 + ZERO)
-            else: v = v.to(tl.float32)
-            for r in tl.static_range(ROWS):
-                c = tl.load(codes + (first + r)*(K//PER) + at, eviction_policy="evict_first")
-                s = tl.load(scales + (first + r)*(K//GROUP) + group).to(tl.float32)
-                if BITS == 4:
-                    if INLINE:
-                        low, high = tl.inline_asm_elementwise(
-                            FP32_4, "=f,=f,=f,=f,=f,=f,=f,=f,r", [c], (tl.float32, tl.float32), True, 4)
-                    else: low, high = (c & 15).to(tl.float32) + 128, (c >> 4).to(tl.float32) + 128
-                    part = tl.sum(low*even, 1) + tl.sum(high*odd, 1) - over
-                else:
-                    if INLINE:
-                        w = tl.inline_asm_elementwise(FP32_8, "=f,=f,=f,=f,r", [c], tl.float32, True, 4)
-                    else: w = c.to(tl.float32) - ZERO
-                    part = tl.sum(w*v, 1)
-                acc += tl.where(row[None] == r, (s*part)[:, None], 0.0)
-        tl.store(y + first + row, tl.sum(acc, 0).to(y.dtype.element_ty))
+                if INLINE:
+                    low, high = tl.inline_asm_elementwise(FP32_4, "=f,=f,=f,=f,=f,=f,=f,=f,r", [c[r]],
+                                                          (tl.float32, tl.float32), True, 4)
+                else: low, high = (c[r] & 15).to(tl.float32) + 128, (c[r] >> 4).to(tl.float32) + 128
+                part = tl.sum(low*even, 1) + tl.sum(high*odd, 1) - over
+            else:
+                if INLINE: w = tl.inline_asm_elementwise(FP32_8, "=f,=f,=f,=f,r", [c[r]], tl.float32, True, 4)
+                else: w = c[r].to(tl.float32) - ZERO
+                part = tl.sum(w*v, 1)
+            acc += tl.where(tl.arange(0, ROWS)[None] == r, (s[r].to(tl.float32)*part)[:, None], 0.0)
+        return acc
+
+    @triton.jit
+    def vector_kernel(x, codes, scales, y, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+                      ZERO: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+                      EARLY: tl.constexpr, INLINE: tl.constexpr):
+        PER: tl.constexpr = 8//BITS                            # codes in a byte
+        first, chunk = tl.program_id(0).to(tl.int64)*ROWS, tl.arange(0, CHUNKS)
+        acc = tl.zeros([CHUNKS, ROWS], tl.float32)
+        if AHEAD:
+            c, s = asked(codes, scales, 0, first, chunk, K, GROUP, PER, ROWS)
+            if EARLY:   # codes are on their way while the kernel before still runs; x may be its result
+                tl.extra.cuda.gdc_launch_dependents()
+                tl.extra.cuda.gdc_wait()
+            for at in tl.static_range(0, K//PER, CHUNKS*16):
+                if at + CHUNKS*16 < K//PER:
+                    c2, s2 = asked(codes, scales, at + CHUNKS*16, first, chunk, K, GROUP, PER, ROWS)
+                acc = multiplied(acc, x, c, s, at, chunk, BITS, ZERO, ROWS, INLINE)
+                if at + CHUNKS*16 < K//PER: c, s = c2, s2
+        else:
+            for at in range(0, K//PER, CHUNKS*16):
+                c, s = asked(codes, scales, at, first, chunk, K, GROUP, PER, ROWS)
+                acc = multiplied(acc, x, c, s, at, chunk, BITS, ZERO, ROWS, INLINE)
+        tl.store(y + first + tl.arange(0, ROWS), tl.sum(acc, 0).to(y.dtype.element_ty))
     return vector_kernel
 
 # %% ../nbs/08d_decode.ipynb #decode-024
 def _dot_kernel() -> Any:
     """Any batch, on tensor cores: a program makes ROWS × BATCH numbers of yᵀ; groups are scaled after their
-    product. INLINE: unpack with the pieces of PTX above.
+    product. APART: x comes with its even columns first in each row, then its odd ones, as int4 needs them.
+    INLINE: unpack with the pieces of PTX above.
     """
     global triton, tl, BF16_4, BF16_8
     import triton
@@ -237,26 +256,35 @@ def _dot_kernel() -> Any:
     @triton.jit(do_not_specialize=["batch"])
     def dot_kernel(x, codes, scales, y, batch, N, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
                    ZERO: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, STEP: tl.constexpr,
-                   STAGES: tl.constexpr, INLINE: tl.constexpr):
+                   STAGES: tl.constexpr, APART: tl.constexpr, INLINE: tl.constexpr):
         PER: tl.constexpr = 8//BITS
         tiles = tl.cdiv(batch, BATCH)
         n = (tl.program_id(0)//tiles).to(tl.int64)*ROWS + tl.arange(0, ROWS)
         m = tl.program_id(0) % tiles*BATCH + tl.arange(0, BATCH)
         acc = tl.zeros([ROWS, BATCH], tl.float32)
+        if GROUP != K: s = tl.load(scales + n*(K//GROUP))
         for start in tl.range(0, K//PER, STEP//PER, num_stages=STAGES):
             at = start + tl.arange(0, STEP//PER)
+            if GROUP != K:          # the next group's, so that nothing waits for it (the last one once more)
+                s_next = tl.load(scales + n*(K//GROUP) + tl.minimum(start*PER + STEP, K - STEP)//GROUP)
             c = tl.load(codes + n[:, None]*(K//PER) + at[None, :])
-            v = tl.load(x + m[None, :]*(K//PER) + at[:, None], mask=m[None, :] < batch, other=0)
+            if APART:
+                even = tl.load(x + m[None, :]*K + at[:, None], mask=m[None, :] < batch, other=0)
+                odd = tl.load(x + m[None, :]*K + K//2 + at[:, None], mask=m[None, :] < batch, other=0)
+            else: v = tl.load(x + m[None, :]*(K//PER) + at[:, None], mask=m[None, :] < batch, other=0)
             if not INLINE: c = c.to(tl.int32)
             if BITS == 4:
                 if INLINE:
-                    even = (v & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-                    odd = (v >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+                    if not APART:
+                        even = (v & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+                        odd = (v >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
                     low, high = tl.inline_asm_elementwise(BF16_4, "=r,=r,=r,=r,r", [c],
                                                           (tl.bfloat16, tl.bfloat16), True, 4)
                 else:                           # interpreted: numpy has no bf16
-                    even = (v << 16).to(tl.float32, bitcast=True)
-                    odd = (v & -65536).to(tl.float32, bitcast=True)
+                    if APART: even, odd = even.to(tl.float32), odd.to(tl.float32)
+                    else:
+                        even = (v << 16).to(tl.float32, bitcast=True)
+                        odd = (v & -65536).to(tl.float32, bitcast=True)
                     low, high = (c & 15).to(tl.float32) - ZERO, (c >> 4).to(tl.float32) - ZERO
                 part = tl.dot(high, odd, tl.dot(low, even))
             else:
@@ -264,7 +292,9 @@ def _dot_kernel() -> Any:
                 else: w, v = c.to(tl.float32) - ZERO, v.to(tl.float32)
                 part = tl.dot(w, v)
             if GROUP == K: acc += part
-            else: acc += part*tl.load(scales + n*(K//GROUP) + start*PER//GROUP).to(tl.float32)[:, None]
+            else:
+                acc += part*s.to(tl.float32)[:, None]
+                s = s_next
         if GROUP == K: acc *= tl.load(scales + n).to(tl.float32)[:, None]
         tl.store(y + m[None, :]*N + n[:, None], acc.to(y.dtype.element_ty), mask=m[None, :] < batch)
     return dot_kernel
@@ -272,8 +302,10 @@ def _dot_kernel() -> Any:
 # %% ../nbs/08d_decode.ipynb #decode-026
 class Config(NamedTuple):
     """How a kernel is cut up. kernel: "vector" or "dot". A program takes so many rows of the weight and, in
-    dot, of the batch, with so many warps of 32 threads. stages: loads under way at once (dot). early: start
-    before the kernel before has ended, if that one allows it (vector; CUDA's programmatic dependent launch).
+    dot, of the batch, with so many warps of 32 threads. stages: loads under way at once (vector: 2 to ask for
+    codes a chunk ahead). early: start before the kernel before has ended, if that one allows it (vector with
+    2 stages; CUDA's programmatic dependent launch). apart: x's even and odd columns are separated beforehand,
+    by a kernel of its own (dot, 4 bits).
     """
     kernel: str
     rows: int
@@ -281,16 +313,20 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 1
     early: bool = False
+    apart: bool = False
 
 
-VECTORS = tuple(Config("vector", rows, 1, warps) for rows, warps in
-                ((8, 4), (4, 4), (16, 4), (4, 2), (8, 2), (8, 1), (4, 8), (8, 8), (2, 4)))
-DOTS = {16: tuple(Config("dot", *how) for how in ((64, 16, 4, 5), (32, 16, 2, 6), (16, 16, 1, 8),
-                                                  (64, 16, 4, 8), (128, 16, 4, 4), (128, 16, 8, 5))),
-        64: tuple(Config("dot", *how) for how in ((64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 4),
-                                                  (64, 64, 4, 6), (64, 32, 4, 5))),
-        128: tuple(Config("dot", *how) for how in ((128, 128, 8, 3), (64, 128, 4, 4), (128, 128, 8, 4),
-                                                   (64, 128, 8, 4), (128, 256, 8, 3), (64, 256, 4, 3)))}
+VECTORS = tuple(Config("vector", rows, 1, warps, stages) for rows, warps, stages in
+                ((8, 4, 1), (4, 4, 1), (4, 2, 1), (8, 1, 1), (4, 8, 1),
+                 (4, 1, 2), (2, 1, 2), (4, 2, 2), (2, 2, 2), (4, 4, 2)))
+DOTS = {batch: tuple(Config("dot", *how[:4], False, "apart" in how) for how in some) for batch, some in {
+    16: ((32, 16, 2, 6), (64, 16, 4, 5), (128, 16, 4, 4), (64, 16, 2, 6)),
+    64: ((64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (64, 64, 4, 4, "apart"), (64, 64, 4, 3, "apart"),
+         (128, 64, 8, 4, "apart")),
+    128: ((128, 128, 8, 4), (64, 128, 4, 4), (64, 128, 4, 2), (128, 128, 8, 4, "apart"),
+          (64, 128, 4, 3, "apart"), (64, 64, 4, 3, "apart")),
+    256: ((128, 128, 8, 4), (128, 256, 8, 3), (64, 128, 4, 2), (128, 128, 8, 4, "apart"),
+          (128, 128, 8, 3, "apart"), (64, 128, 4, 3, "apart"))}.items()}
 
 # %% ../nbs/08d_decode.ipynb #decode-027
 def group_steps(q: Quantized) -> int:
@@ -306,9 +342,10 @@ def fitting(config: Config, q: Quantized) -> Config | None:
         a_warp = 32*16*8//q.format.bits                              # weights that a warp takes at once
         warps = next((w for w in (8, 4, 2, 1) if w <= config.warps and columns % (w*a_warp) == 0), 0)
         if not warps or q.group % (16*8//q.format.bits): return None
-        config = config._replace(warps=warps)
+        config = config._replace(warps=warps, early=config.early and config.stages > 1, apart=False)
     elif group_steps(q) < 32: return None
     fit = math.gcd(rows, config.rows)
+    config = config._replace(apart=config.apart and q.format.bits == 4)
     return config._replace(rows=fit) if config.kernel == "vector" or fit >= 16 else None
 
 
@@ -354,7 +391,14 @@ def measured() -> dict[str, Any] | None:
     return stored("decode_h100")
 
 # %% ../nbs/08d_decode.ipynb #decode-030
-_vector, _dot = lru_cache(maxsize=1)(_vector_kernel), lru_cache(maxsize=1)(_dot_kernel)
+_vector, dot_kernel = lru_cache(maxsize=1)(_vector_kernel), lru_cache(maxsize=1)(_dot_kernel)
+
+
+def dot_constants(config: Config, q: Quantized) -> dict[str, Any]:
+    """What the dot kernel is compiled for."""
+    return dict(K=q.shape[1], GROUP=q.group, BITS=q.format.bits, ZERO=q.format.zero, ROWS=config.rows,
+                BATCH=config.batch, STEP=group_steps(q), STAGES=config.stages, APART=config.apart,
+                INLINE=not interpreted())
 
 
 def launch(x: Tensor, q: Quantized, config: Config) -> Tensor:
@@ -363,17 +407,18 @@ def launch(x: Tensor, q: Quantized, config: Config) -> Tensor:
     out = torch.float32 if interpreted() else x.dtype        # Triton's interpreter would cut bf16 off
     x, y = x.contiguous(), torch.empty(batch, rows, dtype=out, device=x.device)
     if x.storage_offset() % 2: x = x.clone()
-    words = x.view(torch.int32) if bits == 4 else x                      # a byte's two numbers in one load
-    how = dict(K=columns, GROUP=q.group, BITS=bits, ZERO=q.format.zero, ROWS=config.rows,
-               INLINE=not interpreted(), num_warps=config.warps)
+    if config.apart: words = x.view(batch, -1, 2).transpose(1, 2).contiguous()
+    else: words = x.view(torch.int32) if bits == 4 else x                # a byte's two numbers in one load
     if config.kernel == "vector":
+        how = dict(K=columns, GROUP=q.group, BITS=bits, ZERO=q.format.zero, ROWS=config.rows,
+                   INLINE=not interpreted(), num_warps=config.warps)
         if config.early: how["launch_pdl"] = True
         _vector()[(rows//config.rows,)](words, q.codes, q.scales, y, CHUNKS=32*config.warps,
-                                        EARLY=config.early, **how)
+                                        AHEAD=config.stages > 1, EARLY=config.early, **how)
     else:
         programs = rows//config.rows*-(-batch//config.batch)
-        _dot()[(programs,)](words, q.codes, q.scales, y, batch, rows, BATCH=config.batch, STEP=group_steps(q),
-                            STAGES=config.stages, **how)
+        dot_kernel()[(programs,)](words, q.codes, q.scales, y, batch, rows, num_warps=config.warps,
+                                  **dot_constants(config, q))
     return y.to(x.dtype)
 
 # %% ../nbs/08d_decode.ipynb #decode-031

@@ -7,12 +7,17 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +26,17 @@ from torch import Tensor
 
 from .card import event_seconds, gpu_seconds
 from .course.provenance import command_line, provenance
-from .decode import (DOTS, VECTORS, Config, Moves, copied, fitting, off, quantized_matmul,
+from .decode import (DOTS, VECTORS, Config, Moves, copied, dot_constants, dot_kernel, fitting, off, quantized_matmul,
                             unpacked_product, unpacked_weight, unpacking, why_plain)
 from .kernels import card
 from .models import arch
-from .quantization import NF4, Quantized, QuantizedLinear, quantize_tensor
+from .quantization import NF4, Quantized, QuantizedLinear, format_of, quantize_tensor
 
 # %% auto #0
 __all__ = ['BATCHES', 'ROTATED', 'seconds_each', 'copies', 'copy_bandwidth', 'triton_version', 'Bench', 'sweep', 'start_early',
-           'at_batch', 'row', 'run_batch', 'taller', 'decode', 'DequantizedProduct', 'Adapted', 'block_shapes',
-           'base_of', 'predicted_step', 'kept_after_forward', 'step_seconds', 'qlora', 'main']
+           'at_batch', 'row', 'run_batch', 'taller', 'decode', 'loop_instructions', 'compiled_loop', 'instructions_of',
+           'DequantizedProduct', 'Adapted', 'block_shapes', 'base_of', 'predicted_step', 'kept_after_forward',
+           'step_seconds', 'qlora', 'main']
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-006
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -125,7 +131,7 @@ def sweep(bench: Bench, weights: dict[str, list]) -> None:
     if why := why_plain(bench.x(1), q):
         bench.found["errors"].append(["kernels", why])
         return bench.say(f"no kernels: {why}")
-    plans = [(1, (*VECTORS, *DOTS[16][:3])), (16, DOTS[16]), (64, DOTS[64]), (256, DOTS[128])]
+    plans = [(1, (*VECTORS, DOTS[16][0])), *DOTS.items()]
     for (batch, configs), name in itertools.product(plans, ("int4", "int8")):
         q, x, best = weights[name][0], bench.x(batch), None
         for config in dict.fromkeys(c for c in (fitting(c, q) for c in configs) if c):
@@ -148,16 +154,18 @@ def start_early(bench: Bench, weights: dict[str, list]) -> None:
     """Batch 1 by vector configs, each program asking for its codes before the kernel before it has ended."""
     for name in ("int4", "int8"):
         q, x = weights[name][0], bench.x(1)
-        chosen = Config(*bench.found["chosen"].get(name, {}).get("1", VECTORS[0]))
-        some = [c for c in (chosen, *VECTORS[:3], *VECTORS[5:]) if c.kernel == "vector"]
-        for config in dict.fromkeys(filter(None, (fitting(c._replace(early=True), q) for c in some))):
+        some = [c._replace(early=True) for c in VECTORS if c.stages > 1]
+        for config in dict.fromkeys(filter(None, (fitting(c, q) for c in some))):
             label = f"{name}, early, {tuple(config)}"
             wrong = bench.attempt(label, lambda: off(quantized_matmul(x, q, "kernel", config), x, q, config))
             if wrong is None: continue
             seconds = bench.time(label, x, weights[name], lambda q: quantized_matmul(x, q, "kernel", config))
             bench.found["early"].append([name, 1, list(config), seconds, round(wrong, 4)])
-        times = [(s, c) for n, _, c, s, wrong in bench.found["early"] if n == name and s and wrong <= 1]
-        if times: bench.say(f"{name}, early: {1e6*min(times)[0]:.1f} µs by {min(times)[1]}")
+        times = [(s, c, wrong) for n, _, c, s, wrong in bench.found["early"] if n == name and s and wrong <= 1]
+        if times:
+            seconds, config, wrong = min(times)
+            row(bench, name, "kernel, early", 1, seconds, q, config=config, off=wrong)
+            bench.say(f"{name}, early: {1e6*seconds:.1f} µs by {config}")
         bench.write()
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-011
@@ -246,6 +254,55 @@ def decode(bench: Bench) -> None:
                   if r["batch"] == batch]
         bench.say(f"batch {batch}, µs: {', '.join(latest)}")
     if bench.found["chosen"] and bench.device == "cuda": start_early(bench, weights)
+
+# %% ../nbs/08e_decode_measured.ipynb #decode-measured-054
+def loop_instructions(sass: str) -> dict[str, int]:
+    """Instructions of a kernel's longest loop, by their first name, in nvdisasm's text; empty without a loop.
+    """
+    lines = [x for x in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,5}\*/", x) or x.startswith(".L")]
+    labels = {x.split(":")[0]: i for i, x in enumerate(lines) if x.startswith(".L")}
+    loops = [lines[start:i + 1] for i, x in enumerate(lines) if (to := re.search(r"BRA.*`\((\.L\w+)\)", x))
+             and (start := labels.get(to[1], i)) < i]
+    inside = "\n".join(max(loops, key=len, default=[]))
+    return dict(Counter(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", inside)))
+
+
+def compiled_loop(config: Config, q: Quantized) -> dict[str, Any]:
+    """The dot kernel's loop as Triton compiles it for an H100 (no GPU needed): instructions of a thread in a
+    turn, turns, and registers of a thread and bytes of shared memory of a program.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel, bits = dot_kernel(), q.format.bits
+    words = "*i32" if bits == 4 and not config.apart else "*bf16"
+    signature = {"x": words, "codes": "*u8", "scales": "*bf16", "y": "*bf16", "batch": "i32", "N": "i32"}
+    constants = dot_constants(config, q)
+    names = kernel.arg_names
+    aligned = {(names.index(x),): [["tt.divisibility", 16]] for x in signature if x != "batch"}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"),
+                       {(names.index(x),): value for x, value in constants.items()}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
+    tool = Path(triton.__file__).parent/"backends"/"nvidia"/"bin"/"nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(made.asm["cubin"])
+        f.flush()
+        sass = subprocess.run([tool, "-c", f.name], capture_output=True, text=True, check=True).stdout
+    return {"instructions": loop_instructions(sass), "turns": q.shape[1]//constants["STEP"],
+            "shared": made.metadata.shared}
+
+
+def instructions_of(bench: Bench) -> None:
+    """Count what each dot config of the sweep executes, of int4 by group and int8 by row."""
+    configs = dict.fromkeys(sum(DOTS.values(), ()))
+    configs |= dict.fromkeys(c._replace(batch=32) for c in (*DOTS[16], *DOTS[64]))
+    for name, method, group in (("int4", "absmax_int4", bench.group), ("int8", "absmax_int8", bench.shape[1])):
+        q = Quantized(format_of(method), bench.shape, group, torch.empty(0), torch.empty(0))
+        for config in dict.fromkeys(filter(None, (fitting(c, q) for c in configs))):
+            found = bench.attempt(f"{name}, {tuple(config)}", lambda: compiled_loop(config, q))
+            if found: bench.found.setdefault("loops", []).append([name, list(config), found])
+        bench.say(f"{name}: {len(bench.found.get('loops', []))} loops")
+        bench.write()
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-035
 class DequantizedProduct(torch.autograd.Function):
@@ -375,16 +432,17 @@ def main(given: list[str] | None = None) -> None:
                                      description="Time products with quantized weights on this GPU.")
     parser.add_argument("--out", help="write the JSON here, not on the screen")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU manages, to see that it runs")
-    parser.add_argument("--part", choices=("decode", "qlora", "all"), default="all")
+    parser.add_argument("--part", choices=("decode", "qlora", "all", "instructions"),
+                        default="all", help="instructions: count them in compiled kernels, without a GPU")
     parser.add_argument("--budget", type=float, default=55.0, help="seconds for the sweep of configs")
     parser.add_argument("--group", type=int, default=128, help="weights that share a scale in int4")
     args = parser.parse_args(given)
-    if not args.small and not torch.cuda.is_available():
+    if not args.small and args.part != "instructions" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --small runs a small version on the CPU")
     bench = Bench(args.small, args.out, args.budget, args.group)
     torch._dynamo.config.recompile_limit = 64
-    for name, part in (("decode", decode), ("qlora", qlora)):
-        if args.part in (name, "all"): bench.attempt(name, lambda: part(bench))
+    for name, part in (("decode", decode), ("qlora", qlora), ("instructions", instructions_of)):
+        if args.part == name or args.part == "all" and name != "instructions": bench.attempt(name, lambda: part(bench))
     bench.write()
     bench.say(f"{len(bench.found['rows'])} + {len(bench.found['qlora'])} rows, "
               f"{len(bench.found['errors'])} errors")

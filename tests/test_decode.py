@@ -39,8 +39,8 @@ def to(q, device: str):
 
 def kernels_against_bound(device: str) -> None:
     """Both kernels, several shapes, groups, batches and configs: within error_bound and the rounding of y."""
-    vectors = [d.Config("vector", 8, 1, 4), d.Config("vector", 4, 1, 1)]
-    dots = [d.Config("dot", 16, 16, 4, 2), d.Config("dot", 64, 32, 4, 3)]
+    vectors = [d.Config("vector", 8, 1, 4), d.Config("vector", 4, 1, 1, 2)]
+    dots = [d.Config("dot", 16, 16, 4, 2), d.Config("dot", 64, 32, 4, 3, apart=True)]
     for method, group, shape in (("absmax_int4", 64, (64, 1024)), ("absmax_int4", 128, (32, 2048)), ("absmax_int8", None, (64, 1024)),
                                  ("absmax_int8", 64, (32, 512))):
         q = to(weight(*shape, method, group), device)
@@ -67,21 +67,53 @@ def kernels_against_bound(device: str) -> None:
     assert torch.equal(d.quantized_matmul(x.view(2, 3, 1024), q, "kernel").view(6, 16), d.quantized_matmul(x, q, "kernel"))
 
 
-def test_kernels_are_within_the_bound():
-    if hopper(): return kernels_against_bound("cuda")
+def every_config_of_the_sweep(device: str) -> None:
+    """Each config as it is, on a weight that it need not shrink for. Interpreted, asking ahead and taking x apart change no bit: the sums are the same ones."""
+    for method, group in (("absmax_int4", 128), ("absmax_int4", 64), ("absmax_int8", None)):
+        q, x = to(weight(16, 4096, method, group), device), inputs(1, 4096).to(device)
+        for config in d.VECTORS:
+            fit = d.fitting(config, q)
+            assert fit.rows == config.rows and fit.stages == config.stages and fit.warps == min(config.warps, 4 if q.format.bits == 4 else 8)
+            y = d.quantized_matmul(x, q, "kernel", config)
+            assert d.off(y, x, q, config) <= 1, (method, config)
+            if config.stages > 1 and device == "cpu": assert torch.equal(y, d.quantized_matmul(x, q, "kernel", config._replace(stages=1)))
+        q, x = to(weight(128, 512, method, group), device), inputs(70, 512).to(device)
+        for config in dict.fromkeys(sum(d.DOTS.values(), ())):
+            assert d.fitting(config, q) == config._replace(apart=config.apart and q.format.bits == 4)
+            y = d.quantized_matmul(x, q, "kernel", config)
+            assert d.off(y, x, q, config) <= 1, (method, config)
+            if config.apart and device == "cpu": assert torch.equal(y, d.quantized_matmul(x, q, "kernel", config._replace(apart=False)))
+
+
+@pytest.mark.parametrize("check", ["kernels_against_bound", "every_config_of_the_sweep"])
+def test_kernels_are_within_the_bound(check):
+    if hopper(): return globals()[check]("cuda")
     if not find_spec("triton"): pytest.skip("no GPU from compute capability 9.0 on, and Triton, whose interpreter would do, is not installed")
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
-    code = "import test_decode as t; t.kernels_against_bound('cpu')"        # a process of its own: Triton reads the variable when it is imported
+    code = f"import test_decode as t; t.{check}('cpu')"        # a process of its own: Triton reads the variable when it is imported
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not hopper(), reason="no GPU from compute capability 9.0 on")
-def test_an_early_start_changes_nothing():
+@pytest.mark.parametrize("config", [c for c in d.VECTORS if c.stages > 1])
+def test_an_early_start_changes_nothing(config):
     q, x = to(weight(512, 4096, "absmax_int4", 128), "cuda"), inputs(1, 4096).cuda()
-    config = d.Config("vector", 8, 1, 4)
+    assert d.fitting(config._replace(early=True), q).early
     plain = d.quantized_matmul(x, q, "kernel", config)
     for _ in range(5): assert torch.equal(d.quantized_matmul(x, q, "kernel", config._replace(early=True)), plain)
+
+
+@pytest.mark.skipif(not hopper(), reason="no GPU from compute capability 9.0 on")
+def test_an_early_start_waits_for_x():
+    """A chain: each product's x is the result of the one before."""
+    qs = [to(weight(4096, 4096, "absmax_int4", 128, seed=s), "cuda") for s in range(8)]
+    config, got = next(c for c in d.VECTORS if c.stages > 1), []
+    for early in (False, True):
+        x = inputs(1, 4096).cuda()
+        for q in qs: x = d.quantized_matmul(x, q, "kernel", config._replace(early=early))
+        got.append(x)
+    assert torch.equal(*got)
 
 
 def number(text: str, registers: dict[str, int]) -> int:

@@ -227,6 +227,24 @@ def test_what_accelerate_launches_computes_what_one_process_computes(tmp_path):
     assert sharded == pytest.approx(one, abs=1e-5) and ddp == pytest.approx(one, abs=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("changed,words", [(dict(), "DistributedDataParallel"), (dict(strategy="full_shard"), "FSDP"), (dict(strategy="shard_grad_op", precision="amp_bf16"), "FSDP")])
+def test_accelerate_launch_on_two_gpus(tmp_path, changed, words):
+    """The real thing, as its config says: NCCL, a process a GPU; the losses are those of one process."""
+    who = "print('wrapped:', type(model).__name__)\n"
+    (tmp_path/"plain.py").write_text(launch.script(steps=3))
+    (tmp_path/"train.py").write_text(launch.script("accelerate", steps=3, processes=2).replace("\nfor ids", f"\n{who}\nfor ids"))
+    (tmp_path/"plan.yaml").write_text(launch.text(launch.accelerate_config(plan(batch=2, **changed), block="Block", ram_efficient=False)))
+    launch.check_launch(tmp_path/"plan.yaml", gpus=torch.cuda.device_count())
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path/"plan.yaml"), str(tmp_path/"train.py")]
+    answers = launch.run([[sys.executable, str(tmp_path/"plain.py")], start], env=ENV, limit=110)
+    assert [code for code, _ in answers] == [0, 0], told(answers)
+    one, ours = (losses(output) for _, output in answers)
+    wrapped = [line for line in answers[1][1].splitlines() if line.startswith("wrapped:")]
+    assert len(wrapped) == 2 and all(words in line for line in wrapped), told(answers)
+    assert len(one) == 3 and ours == pytest.approx(one, abs=0.03 if changed.get("precision") else 1e-3)
+
+
 @NO_GPU
 def test_what_runs_quietly_without_gpus(tmp_path):
     """The chapter's table: commands that look right and start something else."""
