@@ -252,7 +252,7 @@ def verdict_table(found: list[Verdict]) -> Table:
     chapters = dict.fromkeys(v.chapter for v in found)
     links = ", ".join(f"[chapter {c.split('_')[0]}]({c}.ipynb)" for c in chapters)
     return table(rows, ["on", "claim", "verdict", "because"], "llll",
-                 f"Tested in {links}. {measured_with(found)}.", (2, 4, 4, 8))
+                 f"Tested in {links}. {measured_with(found)}.")
 
 # %% ../nbs/10g_claims.ipynb #claims-035
 DEVICES = ("H100", "CPU")
@@ -283,7 +283,7 @@ def short_table(found: list[Verdict]) -> Table:
         said = [v for v in found if v.claim == claim]
         where = ",\u00a0".join(dict.fromkeys(v.kind for v in said))
         rows.append([where, claim, in_short(said) + f"; {DEVICES[0]}: not measured yet"*(claim in late)])
-    return table(rows, ["on", "claim", "verdict"], "lll", f"{measured_with(found)}.", (2, 6, 7))
+    return table(rows, ["on", "claim", "verdict"], "lll", f"{measured_with(found)}.")
 
 # %% ../nbs/10g_claims.ipynb #claims-038
 def differing(found: list[Verdict]) -> dict[str, dict[str, str]]:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import pypandoc
 import pytest
 from conftest import ROOT
 
@@ -199,14 +198,6 @@ def test_tables_refuse_rows_that_do_not_match():
         table([["a"]], ["x", "y"])
     with pytest.raises(ValueError, match="align"):
         table([["a", 1]], ["x", "y"], align="l")
-
-
-def test_tables_with_widths_keep_them_on_the_page():
-    """Sentences in a cell make Pandoc share out the page's width: by the numbers that were given."""
-    shown = pypandoc.convert_text(table([["a", "many words " * 20]], ["x", "y"], "ll", widths=(1, 4)).markdown, "html", "markdown")
-    assert [int(w) for w in re.findall(r"width: (\d+)%", shown)] == [20, 80]
-    with pytest.raises(ValueError, match="widths"):
-        table([["a", "b"]], ["x", "y"], widths=(1,))
 
 
 def test_worksheet_json_round_trips():

@@ -9,7 +9,6 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Sequence
 
 #: Colours by role. Predicted, measured and explained have the same colour on every page; the theme gives the dark values.
 PALETTE = {
@@ -111,11 +110,10 @@ class Table:
         return self.markdown
 
 
-def table(rows, headers, align: str | None = None, caption: str | None = None, widths: Sequence[int] | None = None) -> Table:
-    """A Markdown table. `rows`: sequences as long as `headers`; `align`: a letter a column, "l" or "r" (default: l, then r). `widths`: relative ones
-    of the columns, for tables with sentences in them (default: as wide as what they hold; equal where that is too wide for a page).
+def table(rows, headers, align: str | None = None, caption: str | None = None) -> Table:
+    """A Markdown table. `rows`: sequences as long as `headers`; `align`: a letter a column, "l" or "r" (default: l, then r).
 
-    Raises ValueError when a row's length, `align` or `widths` does not match the headers.
+    Raises ValueError when a row's length or `align` does not match the headers.
     """
     headers, rows = [str(h) for h in headers], [[str(c) for c in row] for row in rows]
     align = align or "l" + "r" * (len(headers) - 1)
@@ -124,11 +122,9 @@ def table(rows, headers, align: str | None = None, caption: str | None = None, w
     for row in rows:
         if len(row) != len(headers):
             raise ValueError(f"table: a row of {len(row)} cells under {len(headers)} headers: {row}")
-    if widths is not None and len(widths) != len(headers):
-        raise ValueError(f"table(widths={widths!r}): {len(headers)} numbers, one for each column")
     def line(cells):
         return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
-    marks = [(":" if a in "lc" else "") + "-" * (4 * w - 1) + (":" if a in "rc" else "") for a, w in zip(align, widths or [1] * len(headers))]
-    text = [line(headers), "|" + "|".join(marks) + "|", *map(line, rows)]
+    marks = {"l": ":---", "r": "---:", "c": ":---:"}
+    text = [line(headers), "|" + "|".join(marks[a] for a in align) + "|", *map(line, rows)]
     return Table("\n".join(text) + (f"\n\n: {caption}" if caption else ""))

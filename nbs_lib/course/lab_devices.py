@@ -26,21 +26,31 @@ def begin() -> None:
 
 def on_devices(module: str, function: str, *args: Any) -> Any:
     """module.function(*args) in that process: what it returns, or RuntimeError with what it raised. Named, not passed: a notebook's functions cannot travel."""
-    begin()
     try:
-        pickle.dump((module, function, args), _process.stdin)
-        _process.stdin.flush()
-        ok, answer = pickle.load(_process.stdout)
-    except (EOFError, BrokenPipeError):
+        ok, answer = _ask(module, function, args)
+    except (EOFError, BrokenPipeError):  # somebody has ended it: once more, with a new one
         _process.wait()
-        _process.log.seek(0)
-        raise RuntimeError(f"the process with {DEVICES} simulated devices has ended: {last_words(_process.log.read().decode(errors='replace'))}") from None
-    except BaseException:  # an answer that nobody waits for any more would be taken for the next one's
-        _process.kill()
-        raise
+        try:
+            ok, answer = _ask(module, function, args)
+        except (EOFError, BrokenPipeError):
+            status = _process.wait()
+            _process.log.seek(0)
+            said = last_words(_process.log.read().decode(errors="replace")) or f"exit status {status}"
+            raise RuntimeError(f"the process with {DEVICES} simulated devices has ended: {said}") from None
     if not ok:
         raise RuntimeError(answer)
     return answer
+
+
+def _ask(*request: Any) -> tuple[bool, Any]:
+    begin()
+    try:
+        pickle.dump(request, _process.stdin)
+        _process.stdin.flush()
+        return pickle.load(_process.stdout)
+    except KeyboardInterrupt:  # an answer that nobody waits for any more would be taken for the next one's
+        _process.kill()
+        raise
 
 
 def _answer(requests: BinaryIO, answers: BinaryIO) -> None:
