@@ -354,8 +354,8 @@ def foretold(model: GPT, ids: Tensor, bits: int = 3, group: int = 64,
 # %% ../nbs/08a_calibrated.ipynb #cal-071
 def measure(steps: int = 900, sizes: dict[str, int] = SIZES, device: str = "cpu") -> dict[str, Any]:
     """Train a GPT, quantize it each way, and see what that does. rows: of a part ("model", "ways", "large
-    inputs", "original inputs", "calibration", "tokens"), with the mean relative errors of weights and outputs, and the loss on
-    held-out text in nats a token.
+    inputs", "original inputs", "calibration", "tokens"), with the mean relative errors of weights and
+    outputs, and the loss on held-out text in nats a token.
     """
     model, context, rows = trained_gpt(steps, sizes).to(device), sizes["context"], []
     seen, held = texts()

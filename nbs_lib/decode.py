@@ -21,10 +21,10 @@ from .kernels import Card, card
 from .quantization import Quantized, QuantizedLinear, format_of
 
 # %% auto #0
-__all__ = ['PTX', 'SHAPE', 'BITS', 'INTEGER', 'VECTORS', 'DOTS', 'dot_kernel', 'moved', 'instructions', 'copied', 'large_product',
-           'Parts', 'predicted', 'crossover', 'Moves', 'unquantized', 'unpacking', 'unpacked_weight',
+__all__ = ['PTX', 'SHAPE', 'BITS', 'INTEGER', 'VECTORS', 'DOTS', 'vector_kernel', 'dot_kernel', 'moved', 'instructions', 'copied',
+           'large_product', 'Parts', 'predicted', 'crossover', 'Moves', 'unquantized', 'unpacking', 'unpacked_weight',
            'unpacked_product', 'Config', 'group_steps', 'fitting', 'has_triton', 'interpreted', 'why_plain',
-           'default_config', 'measured', 'dot_constants', 'launch', 'quantized_matmul', 'error_bound', 'off']
+           'default_config', 'measured', 'constants', 'launch', 'quantized_matmul', 'error_bound', 'off']
 
 # %% ../nbs/08d_decode.ipynb #decode-005
 # four bytes in register {0}: their low halves in l, their high ones in h
@@ -188,7 +188,7 @@ def _vector_kernel() -> Any:
     @triton.jit
     def asked(codes, scales, at, first, chunk, K: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
               ROWS: tl.constexpr):
-        c, s = (), ()                                          # of each row: 16 bytes a thread, and their scale
+        c, s = (), ()                                   # of each row: 16 bytes a thread, and their scale
         for r in tl.static_range(ROWS):
             lines = codes + (first + r)*(K//PER) + at + chunk[:, None]*16 + tl.arange(0, 16)[None, :]
             c = c + (tl.load(lines, eviction_policy="evict_first"),)
@@ -391,14 +391,16 @@ def measured() -> dict[str, Any] | None:
     return stored("decode_h100")
 
 # %% ../nbs/08d_decode.ipynb #decode-030
-_vector, dot_kernel = lru_cache(maxsize=1)(_vector_kernel), lru_cache(maxsize=1)(_dot_kernel)
+vector_kernel, dot_kernel = lru_cache(maxsize=1)(_vector_kernel), lru_cache(maxsize=1)(_dot_kernel)
 
 
-def dot_constants(config: Config, q: Quantized) -> dict[str, Any]:
-    """What the dot kernel is compiled for."""
-    return dict(K=q.shape[1], GROUP=q.group, BITS=q.format.bits, ZERO=q.format.zero, ROWS=config.rows,
-                BATCH=config.batch, STEP=group_steps(q), STAGES=config.stages, APART=config.apart,
+def constants(config: Config, q: Quantized) -> dict[str, Any]:
+    """What a config's kernel is compiled for."""
+    both = dict(K=q.shape[1], GROUP=q.group, BITS=q.format.bits, ZERO=q.format.zero, ROWS=config.rows,
                 INLINE=not interpreted())
+    if config.kernel == "vector":
+        return both | dict(CHUNKS=32*config.warps, AHEAD=config.stages > 1, EARLY=config.early)
+    return both | dict(BATCH=config.batch, STEP=group_steps(q), STAGES=config.stages, APART=config.apart)
 
 
 def launch(x: Tensor, q: Quantized, config: Config) -> Tensor:
@@ -409,16 +411,12 @@ def launch(x: Tensor, q: Quantized, config: Config) -> Tensor:
     if x.storage_offset() % 2: x = x.clone()
     if config.apart: words = x.view(batch, -1, 2).transpose(1, 2).contiguous()
     else: words = x.view(torch.int32) if bits == 4 else x                # a byte's two numbers in one load
-    if config.kernel == "vector":
-        how = dict(K=columns, GROUP=q.group, BITS=bits, ZERO=q.format.zero, ROWS=config.rows,
-                   INLINE=not interpreted(), num_warps=config.warps)
-        if config.early: how["launch_pdl"] = True
-        _vector()[(rows//config.rows,)](words, q.codes, q.scales, y, CHUNKS=32*config.warps,
-                                        AHEAD=config.stages > 1, EARLY=config.early, **how)
+    how: dict[str, Any] = constants(config, q) | {"num_warps": config.warps}
+    if config.early: how["launch_pdl"] = True
+    if config.kernel == "vector": vector_kernel()[(rows//config.rows,)](words, q.codes, q.scales, y, **how)
     else:
         programs = rows//config.rows*-(-batch//config.batch)
-        dot_kernel()[(programs,)](words, q.codes, q.scales, y, batch, rows, num_warps=config.warps,
-                                  **dot_constants(config, q))
+        dot_kernel()[(programs,)](words, q.codes, q.scales, y, batch, rows, **how)
     return y.to(x.dtype)
 
 # %% ../nbs/08d_decode.ipynb #decode-031

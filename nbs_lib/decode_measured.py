@@ -25,18 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .card import event_seconds, gpu_seconds
-from .course.provenance import command_line, provenance
-from .decode import (DOTS, VECTORS, Config, Moves, copied, dot_constants, dot_kernel, fitting, off, quantized_matmul,
-                            unpacked_product, unpacked_weight, unpacking, why_plain)
+from .course.provenance import command_line, provenance, stored
+from .decode import (DOTS, SHAPE, VECTORS, Config, Moves, Parts, constants, copied, dot_kernel, fitting,
+                            large_product, moved, off, quantized_matmul, unpacked_product, unpacked_weight,
+                            unpacking, vector_kernel, why_plain)
 from .kernels import card
 from .models import arch
 from .quantization import NF4, Quantized, QuantizedLinear, format_of, quantize_tensor
 
 # %% auto #0
-__all__ = ['BATCHES', 'ROTATED', 'seconds_each', 'copies', 'copy_bandwidth', 'triton_version', 'Bench', 'sweep', 'start_early',
-           'at_batch', 'row', 'run_batch', 'taller', 'decode', 'loop_instructions', 'compiled_loop', 'instructions_of',
-           'DequantizedProduct', 'Adapted', 'block_shapes', 'base_of', 'predicted_step', 'kept_after_forward',
-           'step_seconds', 'qlora', 'main']
+__all__ = ['BATCHES', 'ROTATED', 'SCHEDULERS', 'seconds_each', 'copies', 'copy_bandwidth', 'triton_version', 'Bench', 'sweep',
+           'start_early', 'at_batch', 'row', 'run_batch', 'taller', 'decode', 'loop_instructions', 'compiled_loop',
+           'instructions_of', 'counted', 'DequantizedProduct', 'Adapted', 'block_shapes', 'base_of', 'predicted_step',
+           'kept_after_forward', 'step_seconds', 'qlora', 'main']
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-006
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -161,7 +162,7 @@ def start_early(bench: Bench, weights: dict[str, list]) -> None:
             if wrong is None: continue
             seconds = bench.time(label, x, weights[name], lambda q: quantized_matmul(x, q, "kernel", config))
             bench.found["early"].append([name, 1, list(config), seconds, round(wrong, 4)])
-        times = [(s, c, wrong) for n, _, c, s, wrong in bench.found["early"] if n == name and s and wrong <= 1]
+        times = [(s, c, off) for n, _, c, s, off in bench.found["early"] if n == name and s and off <= 1]
         if times:
             seconds, config, wrong = min(times)
             row(bench, name, "kernel, early", 1, seconds, q, config=config, off=wrong)
@@ -268,41 +269,62 @@ def loop_instructions(sass: str) -> dict[str, int]:
 
 
 def compiled_loop(config: Config, q: Quantized) -> dict[str, Any]:
-    """The dot kernel's loop as Triton compiles it for an H100 (no GPU needed): instructions of a thread in a
-    turn, turns, and registers of a thread and bytes of shared memory of a program.
+    """A kernel's loop as Triton compiles it for an H100 (no GPU needed): instructions of a thread in a turn,
+    turns, and bytes of shared memory of a program.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel, bits = dot_kernel(), q.format.bits
-    words = "*i32" if bits == 4 and not config.apart else "*bf16"
-    signature = {"x": words, "codes": "*u8", "scales": "*bf16", "y": "*bf16", "batch": "i32", "N": "i32"}
-    constants = dot_constants(config, q)
+    kernel, fixed = (vector_kernel if config.kernel == "vector" else dot_kernel)(), constants(config, q)
+    words = "*i32" if q.format.bits == 4 and not config.apart else "*bf16"
+    signature = {"x": words, "codes": "*u8", "scales": "*bf16", "y": "*bf16"}
+    if config.kernel == "dot": signature |= {"batch": "i32", "N": "i32"}
     names = kernel.arg_names
     aligned = {(names.index(x),): [["tt.divisibility", 16]] for x in signature if x != "batch"}
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"),
-                       {(names.index(x),): value for x, value in constants.items()}, aligned)
+    source = ASTSource(kernel, signature | dict.fromkeys(fixed, "constexpr"),
+                       {(names.index(x),): value for x, value in fixed.items()}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
     tool = Path(triton.__file__).parent/"backends"/"nvidia"/"bin"/"nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(made.asm["cubin"])
         f.flush()
         sass = subprocess.run([tool, "-c", f.name], capture_output=True, text=True, check=True).stdout
-    return {"instructions": loop_instructions(sass), "turns": q.shape[1]//constants["STEP"],
+    step = fixed.get("STEP") or fixed["CHUNKS"]*16*8//q.format.bits          # weights of a row in a turn
+    return {"instructions": loop_instructions(sass), "turns": q.shape[1]//step,
             "shared": made.metadata.shared}
 
 
 def instructions_of(bench: Bench) -> None:
-    """Count what each dot config of the sweep executes, of int4 by group and int8 by row."""
-    configs = dict.fromkeys(sum(DOTS.values(), ()))
+    """Count what each dot config of the sweep executes, and a vector one; int4 by group, int8 by row."""
+    about = ("provenance", "triton", "shape", "group", "errors")
+    bench.found = {key: bench.found[key] for key in about} | {"loops": []}
+    configs = dict.fromkeys((Config("vector", 8, 1, 1), *sum(DOTS.values(), ())))
     configs |= dict.fromkeys(c._replace(batch=32) for c in (*DOTS[16], *DOTS[64]))
-    for name, method, group in (("int4", "absmax_int4", bench.group), ("int8", "absmax_int8", bench.shape[1])):
-        q = Quantized(format_of(method), bench.shape, group, torch.empty(0), torch.empty(0))
+    for name, group in (("int4", bench.group), ("int8", bench.shape[1])):
+        q = Quantized(format_of(name), bench.shape, group, torch.empty(0), torch.empty(0))
         for config in dict.fromkeys(filter(None, (fitting(c, q) for c in configs))):
             found = bench.attempt(f"{name}, {tuple(config)}", lambda: compiled_loop(config, q))
-            if found: bench.found.setdefault("loops", []).append([name, list(config), found])
-        bench.say(f"{name}: {len(bench.found.get('loops', []))} loops")
+            if found: bench.found["loops"].append([name, list(config), found])
+        bench.say(f"{name}: {len(bench.found['loops'])} loops")
         bench.write()
+
+# %% ../nbs/08e_decode_measured.ipynb #decode-measured-055
+SCHEDULERS = 4             # of an SM; each starts one instruction of one warp in a cycle
+
+
+def counted(name: str, batch: int, config: Config, bandwidth: float) -> Parts | None:
+    """What the dot kernel takes at least on an H100 SXM, with the instructions of its compiled loop counted,
+    and with whole programs for whole SMs: the SM that has the most of them decides. None where they were not
+    counted (`--part instructions` does that).
+    """
+    held = {(n, tuple(c)): x for n, c, x in (stored("decode_instructions") or {"loops": []})["loops"]}
+    if config.kernel != "dot" or not (loop := held.get((name, tuple(config)))): return None
+    on = card("h100-sxm")
+    programs = SHAPE[0]//config.rows*-(-batch//config.batch)
+    fullest = -(-programs//on.gpu.sms)
+    a_program = 2*config.rows*config.batch*SHAPE[1]/(large_product(on)/on.gpu.sms)
+    cycles = loop["turns"]*config.warps*sum(loop["instructions"].values())/SCHEDULERS
+    return Parts(moved(name, batch)/bandwidth, fullest*a_program, fullest*cycles/on.gpu.clock)
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-035
 class DequantizedProduct(torch.autograd.Function):
@@ -442,10 +464,11 @@ def main(given: list[str] | None = None) -> None:
     bench = Bench(args.small, args.out, args.budget, args.group)
     torch._dynamo.config.recompile_limit = 64
     for name, part in (("decode", decode), ("qlora", qlora), ("instructions", instructions_of)):
-        if args.part == name or args.part == "all" and name != "instructions": bench.attempt(name, lambda: part(bench))
+        if args.part == name or args.part == "all" and name != "instructions":
+            bench.attempt(name, lambda: part(bench))
     bench.write()
-    bench.say(f"{len(bench.found['rows'])} + {len(bench.found['qlora'])} rows, "
-              f"{len(bench.found['errors'])} errors")
+    rows = sum(len(bench.found.get(part, ())) for part in ("rows", "qlora", "loops"))
+    bench.say(f"{rows} rows, {len(bench.found['errors'])} errors")
     if not args.out: print(json.dumps(bench.found))
 
 

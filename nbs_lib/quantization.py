@@ -439,9 +439,9 @@ class QuantizedLinear(nn.Module):
         """The weight (out, in), computed now."""
         return self.quantized.dequantize(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:         # named as nn.Linear names it
         """(…, in) → (…, out)"""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         mine = {id(x) for x in self._buffers.values()}
@@ -626,11 +626,11 @@ def together(calibration: Iterable[Any] | None) -> tuple[tuple, dict[str, Any]]:
 def _joined(key: str | int, xs: list) -> Any:
     """Tensors one after the other; anything else has to be the same in all inputs."""
     batches = [isinstance(x, Tensor) and x.dim() > 0 for x in xs]
-    kinds = {f"shape (…, {str(tuple(x.shape[1:]))[1:]}" if is_batch else repr(x)[:60]
-             for x, is_batch in zip(xs, batches)}
+    kinds = {f"shape (n, {', '.join(map(str, x.shape[1:]))})" if batch else repr(x)[:60]
+             for x, batch in zip(xs, batches)}
     if len(kinds) > 1:
-        raise ValueError(f"calibration has {' and '.join(sorted(kinds))} for argument {key!r}; accepted is one "
-                         "shape after the first dimension (or original_inputs=True).")
+        raise ValueError(f"calibration has {' and '.join(sorted(kinds))} for argument {key!r}; accepted is "
+                         "one shape after the first dimension (or original_inputs=True).")
     return torch.cat(xs) if batches[0] else xs[0]
 
 
@@ -664,10 +664,10 @@ def quantize(model: nn.Module, method: str, group: int | str | None = 64, skip: 
     """Put a QuantizedLinear in the place of each linear layer (nn.Linear, transformers' Conv1D), in place.
     Layers in `skip` and tied heads are left alone; the report says so. calibration: inputs of the model (each
     a tensor, a tuple of arguments, or a dict of them), for methods that need them. Those take layer after
-    layer in the order of execution, each with the inputs that the quantized layers before it give (in one call
-    of the model on all inputs; a layer that runs several times is quantized at its first) or, original_inputs,
-    with all that it gets in the original model. The report's rows are in the order in which layers were taken.
-    method, group, options: see quantize_tensor.
+    layer in the order of execution, each with the inputs that the quantized layers before it give (in one
+    call of the model on all inputs; a layer that runs several times is quantized at its first) or, with
+    original_inputs, with all that it gets in the original model. The report's rows are in the order in which
+    the layers were taken. method, group, options: see quantize_tensor.
 
     Raises ValueError, with the layer's name, for what it cannot do; the model is then as it was.
     """

@@ -424,8 +424,8 @@ def setup(tokenizer: Any) -> dict[str, Any]:
 
 
 def rows(path: Path | None = None, original: bool = False) -> list[dict[str, Any]]:
-    """The committed measurement (or the file at `path`): a dict a variant, with its provenance. original: those
-    that were calibrated with the original model's inputs, instead of all others.
+    """The committed measurement (or the file at `path`): a dict a variant, with its provenance. original:
+    those that were calibrated with the original model's inputs, instead of all others.
     """
     source = files("nbs_lib")/"data"/ROWS if path is None else path
     held = json.loads(source.read_text())["rows"]

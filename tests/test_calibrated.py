@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbs_lib.calibrated import (Levels, awq, best_zero, factor_of_inverse, feedback, gptq, gptq_flops, hessian, hqq, input_scales,
-                                measured, next_zero, output_error, quantize_in_order, round_scaled, shrink, spans, trained_gpt, with_large_inputs)
+                                measured, next_zero, output_error, round_scaled, shrink, spans, trained_gpt, with_large_inputs)
 from nbs_lib.course.oracles import oracles
 from nbs_lib.gpt import GPT, GPTConfig
-from nbs_lib.quantization import QuantizedLinear, code_values, quantize, quantize_tensor, relative_error
+from nbs_lib.quantization import (QuantizedLinear, code_values, linear_layers, quantize, quantize_tensor, record_inputs,
+                                  relative_error, weight_of)
 
 oracles()
 FP32 = dict(scale_dtype=torch.float32)
@@ -412,7 +413,7 @@ def test_whole_models(kind, method):
 def test_each_layer_sees_what_the_quantized_ones_before_it_give(kind):
     model, twin = models()[kind], models()[kind]
     given = list(IDS.split(8)) if kind == "gpt" else [dict(input_ids=x) for x in IDS.split(8)]
-    quantize_in_order(model, "gptq", group=16, calibration=given, format="affine_int2")
+    quantize(model, "gptq", group=16, calibration=given, format="affine_int2")
     was = dict(twin.named_modules())
     seen = {}
     for name, m in model.named_modules():
@@ -424,6 +425,23 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(kind):
         again = gptq(weight.detach().contiguous(), 16, inputs, "affine_int2")
         off = (again.unpacked() != model.get_submodule(name).quantized.unpacked()).float().mean()
         assert off < 0.01, name     # not one, but for rounding in another shape of batch
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama", "gpt2"])
+@pytest.mark.parametrize("method", ["gptq_int2", "awq_int2"])
+def test_original_inputs_are_those_of_the_original_model(kind, method):
+    model, other, twin = models()[kind], models()[kind], models()[kind]
+    given = [IDS] if kind == "gpt" else [dict(input_ids=IDS)]
+    layers, _ = linear_layers(twin)
+    inputs = record_inputs(twin, layers, given)
+    quantize(model, method, group=16, calibration=given, original_inputs=True)
+    for name, layer in layers.items():
+        again = quantize_tensor(weight_of(layer), method, 16, inputs[name])
+        assert torch.equal(again.unpacked(), model.get_submodule(name).quantized.unpacked()), name
+    quantize(other, method, group=16, calibration=given)
+    first, *rest = layers       # nothing comes before the first layer, so that one is the same both ways
+    same = {name: torch.equal(model.get_submodule(name).quantized.codes, other.get_submodule(name).quantized.codes) for name in layers}
+    assert same[first] and not all(same[name] for name in rest)
 
 
 def test_calibration_that_will_not_do():
@@ -499,8 +517,8 @@ def test_large_inputs_change_nothing_but_the_inputs():
 def test_the_measurement_is_whole():
     m = measured()
     assert m["provenance"]["command"].startswith("python3 -m nbs_lib.calibrated")
-    rows = {part: [r for r in m["rows"] if r["part"] == part] for part in ("model", "ways", "large inputs", "calibration", "tokens")}
-    assert {part: len(found) for part, found in rows.items()} == {"model": 2, "ways": 18, "large inputs": 9, "calibration": 9, "tokens": 30}
+    rows = {part: [r for r in m["rows"] if r["part"] == part] for part in ("model", "ways", "large inputs", "original inputs", "calibration", "tokens")}
+    assert {part: len(found) for part, found in rows.items()} == {"model": 2, "ways": 18, "large inputs": 9, "original inputs": 6, "calibration": 9, "tokens": 30}
     by = {(r["way"], r["bits"]): r for r in rows["ways"]}
     for bits in (2, 3, 4):
         assert by["hqq", bits]["weights"] < by["rtn", bits]["weights"] < by["gptq", bits]["weights"]

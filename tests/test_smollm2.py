@@ -197,11 +197,22 @@ def test_calibration_repeats_nothing_of_the_held_out_text(smollm):
 
 def test_variants():
     assert s.variant("int8:row") == ("int8", None) and s.variant("int4:64") == ("int4", 64) and s.variant("int8:tensor")[1] == "tensor"
-    for bad in ("int4", "int4:", "int4:half"):
+    assert s.variant("gptq:64:original") == ("gptq", 64) and s.variant("awq:row:original") == ("awq", None)
+    for bad in ("int4", "int4:", "int4:half", "int4:original", "int4:64:others"):
         with pytest.raises(ValueError, match="accepted is method:group"): s.variant(bad)
 
 
 # the committed rows
+
+def test_rows_with_original_inputs_stand_apart():
+    plain, original = ({r["variant"]: r for r in s.rows(original=o)} for o in (False, True))
+    assert set(original) == {"gptq:64:original", "awq:64:original"} and not any(name.endswith("original") for name in plain)
+    for name, r in original.items():
+        ours = plain[name.removesuffix(":original")]
+        # the same bytes but for AWQ, which keeps no scales for a layer where it takes none; another choice of codes
+        assert r["counts"] == ours["counts"] and r["losses"] != ours["losses"] and r["perplexity"] != ours["perplexity"]
+        assert name.startswith("awq") or r["memory_bytes"] == ours["memory_bytes"]
+
 
 def test_committed_rows_are_whole():
     held = {r["variant"]: r for r in s.rows()}

@@ -611,6 +611,6 @@ lab.exercise(5, "what tells", unit="nats",
         "d": "GPTQ was calibrated on strings of consonants, so it was made for this task."}, "c", {
         "a": f"It is not chance: of {_n} strings {_only_g} are right with gptq:64 only, and {_only_a} with affine_int4:32 only. If both copied equally well, these {_only_g + _only_a} would fall on either side like coins.",
         "b": f"It is the other way round: gptq:64 has the larger error of the weights, {100 * _g['error']:.1f}% against {100 * _a['error']:.1f}%, and copies better.",
-        "c": f"Yes. Both have a perplexity of {_g['perplexity']:.1f}, and copy {100 * _g['copying']:.0f}% and {100 * _a['copying']:.0f}% of the strings. Which tokens went wrong the mean does not say; recall has it the other way round, if anything, "
-             f"{100 * _g['recall']:.0f}% and {100 * _a['recall']:.0f}%. What is to work has to be tested itself.",
+        "c": f"Yes. Their perplexities are {_g['perplexity']:.1f} and {_a['perplexity']:.1f}, less apart than this text can tell, and they copy {100 * _g['copying']:.0f}% and {100 * _a['copying']:.0f}% of the strings. Which tokens went wrong the mean does not say; counting on has it the other way round, if anything, "
+             f"{100 * _g['successor']:.0f}% and {100 * _a['successor']:.0f}%. What is to work has to be tested itself.",
         "d": "It was calibrated on pieces of the standard library's documentation, like the text of the perplexity, and has not seen these strings."}))
