@@ -116,8 +116,12 @@ def host_times(c: Settings, on: Card) -> list[float]:
     # no autocast there
     if c.strategy in (*SHARDED, "zero3") and precision == "amp_bf16": precision = "bf16"
     name, table = f"{kind_of_host(c.model)} {precision}", on.measured["host"]
-    plain, key = table[name], " ".join([name] + ["checkpointed"]*c.checkpointing + ["lora"]*bool(c.lora_rank))
+    plain, key = table[name], " ".join([name] + ["checkpointed"]*c.checkpointing)
     times = list(table.get(key) or plain)
+    if c.lora_rank:                     # adapters cost what they cost in a Llama, whose layers are as many
+        like = name if f"{key} lora" in table else f"llama {precision}"
+        key = like + " checkpointed"*c.checkpointing
+        times = [x + y - z for x, y, z in zip(times, table[f"{key} lora"], table[key])]
     if c.attention == "eager": times = [x + y - z for x, y, z in zip(times, table[f"{name} eager"], plain)]
     hooks = "full_shard" if c.strategy == "hybrid_shard" else c.strategy
     extra = table.get(hooks)                                     # of DDP, FSDP2 and ZeRO, for each block

@@ -118,3 +118,11 @@ def test_it_needs_the_standard_library_only():
                             "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastcore', 'nbdev', 'rich', 'matplotlib'})))"],
                            capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == []
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-0.6b", "qwen2.5-0.5b", "gpt2", "mistral-7b-v0.1"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_cost_the_host_time_in_every_model(model, checkpointing):
+    """Two more products in each adapted layer, and their backward, are started one by one."""
+    settings = dict(batch=1, seq=128, optimizer="sgd", checkpointing=checkpointing)
+    assert train_time(model, lora_rank=8, **settings).host > 1.1*train_time(model, **settings).host
