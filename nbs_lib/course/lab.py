@@ -139,6 +139,34 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Two:
+    """A choice and a function: lab.explain(n, (letter, function)). The letter is judged first; `call` is shown to whoever gives something else."""
+
+    choice: Choice
+    function: Function
+    call: str
+
+    @property
+    def right(self) -> tuple:
+        return self.choice.right, self.function.right
+
+    @property
+    def wrong(self) -> list:
+        return [(letter, self.function.right) for letter in self.choice.wrong] + [(self.choice.right, f) for f in self.function.wrong]
+
+    def judge(self, answer: Any) -> Verdict:
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            return Verdict(False, f"A letter and a function are asked for: {self.call}, with your letter.")
+        if answer[0] is ...:
+            return Verdict(False, "The letter is still missing: put it in place of the three dots.")
+        first = self.choice.judge(answer[0])
+        if not first.ok:
+            return first
+        second = self.function.judge(answer[1])
+        return Verdict(second.ok, f"{first.message}\n{second.message}" if second.ok else f"The letter is right. {second.message}")
+
+
+@dataclass(frozen=True)
 class Exercise:
     """One exercise: what is predicted (in `unit`), how its misses are read, the check of its explanation, three hints."""
 

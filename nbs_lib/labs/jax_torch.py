@@ -30,8 +30,9 @@ from .. import bound, compiled, spmd
 from ..adapters import as_arch, quick
 from ..compiled import Traces, chain
 from ..course.figures import Table, table
-from ..course.lab import Choice, Function, Lab, Stop, Verdict
+from ..course.lab import Choice, Function, Lab, Stop, Two, Verdict
 from ..course.lab_devices import begin, on_devices
+from ..course.lab_jax import as_tensor, plainly
 from ..course.lab_written import Odd, Written, attempt
 from ..gpt import batches, text
 from ..hardware import gpu
@@ -41,13 +42,13 @@ from ..transforms import KINDS, jax_transforms, like, matmul_flops, plain_sdpa, 
 lab = Lab("10_jax_torch", "Lab 10: JAX and PyTorch")
 
 # %% auto #0
-__all__ = ['lab', 'ADVICE', 'RATE', 'STEPS', 'EPS', 'CALLS', 'MOST', 'LENGTHS', 'SPANS', 'Tree', 'ONE', 'SHAPES', 'AXES', 'INTO',
-           'OUT_OF', 'WEIGHTS', 'FLIPS', 'Bench', 'bench', 'as_tensor', 'plainly', 'shorter', 'trained', 'apart_table',
-           'half_block', 'half_cases', 'half_by', 'half_right', 'best', 'traced', 'traces_table', 'text_cases',
-           'Padded', 'compiled_chain', 'plain_chain', 'seconds', 'clock', 'overtakes', 'saved_table', 'sizes',
-           'forward_flops', 'counted', 'transforms_table', 'small_loss', 'clip_cases', 'clipped_by', 'clipped_right',
-           'parameters', 'step_facts', 'placed_table', 'block_step', 'block_facts', 'Layout', 'story_table', 'on_h100',
-           'products', 'facts', 'live', 'cards_table', 'Two']
+__all__ = ['lab', 'RATE', 'STEPS', 'EPS', 'CALLS', 'MOST', 'LENGTHS', 'SPANS', 'Tree', 'ONE', 'SHAPES', 'AXES', 'INTO', 'OUT_OF',
+           'WEIGHTS', 'FLIPS', 'Bench', 'bench', 'shorter', 'trained', 'apart_table', 'half_block', 'half_cases',
+           'half_by', 'half_right', 'best', 'traced', 'traces_table', 'text_cases', 'Padded', 'compiled_chain',
+           'plain_chain', 'seconds', 'clock', 'overtakes', 'saved_table', 'sizes', 'forward_flops', 'counted',
+           'transforms_table', 'small_loss', 'clip_cases', 'clipped_by', 'clipped_right', 'parameters', 'step_facts',
+           'placed_table', 'block_step', 'block_facts', 'Layout', 'story_table', 'on_h100', 'products', 'facts', 'live',
+           'cards_table']
 
 # %% ../../nbs/labs/10_jax_torch.ipynb #10-lab-jax-torch-004
 @dataclass(frozen=True)
@@ -89,37 +90,6 @@ def bench() -> Bench:
     torch.set_num_threads(1)  # so small a model is not faster on two
     return Bench("cpu", LlamaConfig(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=176, vocab=128, context=32), 4, 2**20)
 
-
-def as_tensor(result: Any, what: str) -> Tensor:
-    """A JAX array of a learner's function as a float64 tensor; Odd where it is none."""
-    if result is None or result is ...:
-        raise Odd(f"{what} gave {result!r}: the `...` is still there.")
-    if not isinstance(result, jax.Array):
-        raise Odd(f"{what} gave {type(result).__module__.split('.')[0]}'s {type(result).__name__}; it should be a JAX array, made with jnp.")
-    return torch.from_numpy(np.array(result, np.float64))
-
-
-ADVICE = {"TracerArrayConversionError": "NumPy wants numbers, and while JAX traces there are none: jnp where np stands.",
-          "TracerBoolConversionError": "An `if` wants a number, and while JAX traces there is none: jnp.where.",
-          "TracerIntegerConversionError": "range() and the like want an integer, and while JAX traces an argument of the compiled function has no value.",
-          "IndexError": "The ends of a slice must be known while JAX traces, and an argument of the compiled function is not: mask instead of cutting.",
-          "ConcretizationTypeError": "A number is wanted, and while JAX traces there is none.",
-          "UnexpectedTracerError": "Something of an earlier trace was kept outside of the function: a pure function keeps nothing."}
-
-
-def plainly(f: Callable, whose: str = "Your function") -> Callable:
-    """f, whose errors come as Odd, in a line or two."""
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return f(*args, **kwargs)
-        except (Stop, Odd):
-            raise
-        except Exception as e:
-            name, line = type(e).__name__, (str(e).strip() or "no reason given").splitlines()[0]
-            advice = ADVICE.get(name, "") if name != "IndexError" or "static" in line else ""
-            raise Odd(f"{whose} raised {name}: {line.rstrip('.')}. {advice}".strip()) from None
-
-    return call
 
 # %% ../../nbs/labs/10_jax_torch.ipynb #10-lab-jax-torch-007
 RATE, STEPS = 1e-3, 20
@@ -914,33 +884,6 @@ def cards_table() -> Table:
     return table(rows, ["card", "FLOP/byte, fp32", "products %, fp32", "flips at batch", "products %, TF32", "flips at batch"], "lrrrrr")
 
 
-@dataclass(frozen=True)
-class Two:
-    """A choice and a function: lab.explain(n, (letter, function)). The letter is judged first."""
-
-    choice: Choice
-    function: Function
-
-    @property
-    def right(self) -> tuple:
-        return self.choice.right, self.function.right
-
-    @property
-    def wrong(self) -> list:
-        return [(letter, self.function.right) for letter in self.choice.wrong] + [(self.choice.right, f) for f in self.function.wrong]
-
-    def judge(self, answer: Any) -> Verdict:
-        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-            return Verdict(False, "A letter and a function are asked for: lab.explain(6, ('a', flip_batch)), with your letter.")
-        if answer[0] is ...:
-            return Verdict(False, "The letter is still missing: put it in place of the three dots.")
-        first = self.choice.judge(answer[0])
-        if not first.ok:
-            return first
-        second = self.function.judge(answer[1])
-        return Verdict(second.ok, f"{first.message}\n{second.message}" if second.ok else f"The letter is right. {second.message}")
-
-
 def _tf32(keep: float = 1.0, less: float = 1.0, rate: str = "tf32", batch: int = 256) -> Callable[[], float]:
     def value() -> float:
         g = gpu("h100-sxm")
@@ -949,7 +892,9 @@ def _tf32(keep: float = 1.0, less: float = 1.0, rate: str = "tf32", batch: int =
     return value
 
 
-FLIPS = ((0.016, 5.4e9, 4.2e8, 66.9e12, 3.35e12), (0.016, 5.4e9, 4.2e8, 19.5e12, 2.039e12), (0.016, 5.4e9, 4.2e8, 494.7e12, 3.35e12), (0.004, 5.4e9, 4.2e8, 35.6e12, 0.936e12), (0.05, 1e9, 1e9, 1e14, 1e12))
+# (host, flops, moved, rate, bandwidth): a sample of this size on some cards, and round numbers
+FLIPS = (*((0.016, 5.4e9, 4.2e8, gpu(name).flops[kind], gpu(name).bandwidth) for name, kind in (("h100-sxm", "fp32"), ("a100-80gb-sxm", "fp32"), ("h100-sxm", "tf32"), ("rtx-3090", "fp32"))),
+         (0.05, 1e9, 1e9, 1e14, 1e12))
 
 
 def _longer() -> str:
@@ -963,7 +908,7 @@ def _longer() -> str:
 lab.exercise(6, "memory- or compute-bound?", unit="ms",
     misses=[(_tf32(), "So much the datasheet's rates say, and it is within a tenth: products reach neither of them. Had bandwidth or the host set the pace, nothing would have changed."),
             (lambda: 1e3 * on_h100(), "That is the time in fp32: right, if products had no part in it."),
-            (lambda: 1e3 * on_h100() * 66.9 / 494.7, "As if the step were products only. Norms, attention's softmax, AdamW and whatever else moves bytes takes as long as before."),
+            (lambda: 1e3 * on_h100() * gpu("h100-sxm").flops["fp32"] / gpu("h100-sxm").flops["tf32"], "As if the step were products only. Norms, attention's softmax, AdamW and whatever else moves bytes takes as long as before."),
             (_tf32(rate="bf16"), "That is with bf16's rate; TF32's is half of it."),
             (_tf32(1 / 3, 1 / 3), "That counts the forward pass only; backward has twice as many products. products() gives all three.")], hints=(
         "Which part of the step do TF32 products change, and how long does it take before and after? For the letter: what does each hypothesis say of the new time? If both say the same, nothing is told. For the function: what does one sample take on the GPU?",
@@ -987,4 +932,6 @@ lab.exercise(6, "memory- or compute-bound?", unit="ms",
             (partial(_flip, end=round), "To the nearest: sometimes one too small, and the GPU is done before the host is. Round up."),
             (partial(_flip, end=lambda x: x), "A batch is a whole number: the smallest for which the GPU needs at least as long, so round up."),
             (partial(_flip, end=lambda x: 1 / x), "Upside down: host seconds over the seconds of a sample.")],
-            why="Below that batch a faster card changes nothing, and above it a faster host does not. The faster the card, the larger the batch has to be: that is the flip, and it moves with the card, the dtype of the products and the host.")))
+            why="Below that batch a faster card changes nothing, and above it a faster host does not. The faster the card, the larger the batch has to be: that is the flip, and it moves with the card, the dtype of the products and the host."),
+        call="lab.explain(6, ('a', flip_batch))"))
+
