@@ -424,15 +424,15 @@ class Work(NamedTuple):
 def work(way: str, b: int, n: int, s: int, d: int, backward: bool) -> Work:
     """Of a forward pass, or of a forward and a backward one. ValueError for a way that is not in WAYS."""
     if way not in WAYS: raise ValueError(f"way is {way!r}; accepted are {', '.join(WAYS)}.")
-    if way == "sdpa causal": pairs = s*(s + 1)//2
+    if way in ("sdpa causal", "jax cudnn"): pairs = s*(s + 1)//2
     elif way.startswith("flex"): pairs = computed_pairs(s, "packed" if way == "flex packed" else "causal")
     else: pairs = s*s
     passes, tensor = 1 + backward, 2*b*n*s*d
     moved = (4 + 8*backward)*tensor + 4*b*n*s*passes
     again = 0
-    if way in ("sdpa dense", "sdpa table", "jax cudnn"):
-        moved, again = moved + 2*n*s*s*passes, 2*(b - 1)*n*s*s*passes
-    if way == "sdpa table" and backward: moved += 2*b*n*s*s              # the bias' gradient is written
+    if way in ("sdpa dense", "sdpa table", "jax cudnn"):                 # the bias of each pair is read
+        moved, again = moved + 2*n*pairs*passes, 2*(b - 1)*n*pairs*passes
+    if way in ("sdpa table", "jax cudnn") and backward: moved += 2*b*n*s*s     # its gradient is written
     if way.startswith("jax xla"): moved += (14 - 2*("inside" in way))*b*n*s*s*passes
     return Work(moved, (4 + 10*backward)*d*b*n*pairs, again)
 
@@ -450,7 +450,7 @@ def limits(way: str, b: int, n: int, s: int, d: int, backward: bool) -> dict[str
     rate = max(2*m*k*l/t for m, k, l, t in on.measured["matmul"]["bf16 nt"])
     out = {"memory": done.bytes*seconds/size, "compute": done.operations/rate}
     if way.startswith("jax xla"): return out | {"predicted": out["memory"] + out["compute"]}
-    kind = "causal" if way == "sdpa causal" else "full"
+    kind = "causal" if way in ("sdpa causal", "jax cudnn") else "full"
     fused = sum(on.attention(kind, 2, b*n, s, d, back) for back in (False, True)[:1 + backward])
     if kind == "full": fused *= done.operations/((4 + 10*backward)*d*b*n*s*s)
     return out | {"predicted": max(out["memory"], fused)}

@@ -28,9 +28,9 @@ from jax import numpy as jnp
 __all__ = ['SETTING', 'CASES', 'CHAIN', 'WAYS', 'JAX_TRAPS', 'TORCH_TRAPS', 'TRAPS', 'Traces', 'Graphs', 'Case', 'total', 'times',
            'chosen', 'scaled', 'summed', 'branched', 'as_jax', 'as_torch', 'counts', 'as_numpy', 'cases_part',
            'measurements', 'by_name', 'versions', 'unlike', 'bucket', 'stacked', 'scanned_loss', 'equations',
-           'break_even', 'extra', 'pays_after', 'after', 'product', 'chain', 'step_rows', 'Trap', 'quiet', 'trapped',
-           'printed', 'three', 'leaking', 'not_leaking', 'scaled_twice', 'donating', 'jitting', 'powers', 'kept_calls',
-           'six_lengths', 'marked', 'graphs_of', 'where', 'findings']
+           'break_even', 'extra', 'about', 'pays_after', 'after', 'product', 'chain', 'step_rows', 'Trap', 'quiet',
+           'trapped', 'printed', 'three', 'leaking', 'not_leaking', 'scaled_twice', 'donating', 'jitting', 'powers',
+           'kept_calls', 'six_lengths', 'marked', 'graphs_of', 'where', 'findings']
 
 # %% ../nbs/10a_compiled.ipynb #compiled-006
 class Traces:
@@ -228,18 +228,25 @@ def extra(row: dict[str, Any]) -> float:
     return sum(row["first"]) - len(row["first"])*row["seconds"]
 
 
+def about(n: int) -> int:
+    """n to two digits: more is not in a quotient of differences of measured times."""
+    return round(n, min(0, 2 - len(str(abs(n)))))
+
+
 def pays_after(row: dict[str, Any], plain: dict[str, Any]) -> int | None:
-    """break_even of a compiled row against the plain one, whose own first calls were slow, too. Nothing
-    counts as saved where the compiled median is not below three quarters of the plain one's rounds: that is
-    noise.
+    """break_even of a compiled row, to two digits, against the plain one, whose own first calls were slow,
+    too. Nothing counts as saved where the compiled median is not below three quarters of the plain one's
+    rounds: that is noise.
     """
     saves = row["seconds"] < statistics.quantiles(plain["rounds"], n=4)[0]
-    return break_even(extra(row) - extra(plain), plain["seconds"] - row["seconds"] if saves else 0.0)
+    n = break_even(extra(row) - extra(plain), plain["seconds"] - row["seconds"] if saves else 0.0)
+    return None if n is None else about(n)
 
 
 def after(steps: int | None) -> str:
-    """A result of break_even, in words."""
-    return "never" if steps is None else f"after {steps:,} steps"
+    """A result of pays_after, in words."""
+    if not steps: return "never" if steps is None else "at once (the plain form starts no faster)"
+    return f"after {'' if steps < 100 else 'about '}{steps:,} steps"
 
 # %% ../nbs/10a_compiled.ipynb #compiled-043
 CHAIN = 8

@@ -24,7 +24,8 @@ from .quantization import Quantized, QuantizedLinear, format_of
 __all__ = ['PTX', 'SHAPE', 'BITS', 'INTEGER', 'VECTORS', 'DOTS', 'vector_kernel', 'dot_kernel', 'moved', 'instructions', 'copied',
            'large_product', 'Parts', 'predicted', 'crossover', 'Moves', 'unquantized', 'unpacking', 'unpacked_weight',
            'unpacked_product', 'Config', 'group_steps', 'fitting', 'has_triton', 'interpreted', 'why_plain',
-           'default_config', 'measured', 'constants', 'launch', 'quantized_matmul', 'error_bound', 'off']
+           'default_config', 'early_config', 'measured', 'constants', 'launch', 'quantized_matmul', 'error_bound',
+           'off']
 
 # %% ../nbs/08d_decode.ipynb #decode-005
 # four bytes in register {0}: their low halves in l, their high ones in h
@@ -377,12 +378,26 @@ def why_plain(x: Tensor, q: Quantized) -> str:
 
 # %% ../nbs/08d_decode.ipynb #decode-029
 def default_config(q: Quantized, batch: int) -> Config:
-    """The config for a batch: the fastest of the committed sweep; where there is none, a sensible one."""
+    """The config for a batch: the fastest of the committed sweep; where there is none, a sensible one. It
+    never starts early; see early_config.
+    """
     found = (measured() or {}).get("chosen", {}).get(f"int{q.format.bits}", {})
     best = [Config(*found[b]) for b in sorted(found, key=int) if int(b) <= batch][-1:]
     sensible = VECTORS[0] if batch == 1 else DOTS[16 if batch <= 16 else 64 if batch <= 64 else 128][0]
     some = [c for c in (*best, sensible, DOTS[16][0]) if batch == 1 or c.kernel == "dot"]
     return next(fit for c in some if (fit := fitting(c, q)))
+
+
+def early_config(q: Quantized) -> Config | None:
+    """The config for one row of x that starts early: the fastest measured, or a sensible one; None where none
+    fits. Such a kernel reads q before the kernel before it has ended, so it is for weights that no kernel
+    still writes, as when a loaded model decodes.
+    """
+    seen = [e for e in (measured() or {}).get("early", [])
+            if e[0] == f"int{q.format.bits}" and e[3] and e[4] <= 1]
+    best = [Config(*e[2]) for e in sorted(seen, key=lambda e: e[3])]
+    some = (fitting(c, q) for c in (*best, *(c._replace(early=True) for c in VECTORS if c.stages > 1)))
+    return next((c for c in some if c), None)
 
 
 @lru_cache(maxsize=1)
@@ -424,6 +439,7 @@ def quantized_matmul(x: Tensor, q: Quantized | QuantizedLinear, way: str = "auto
                      config: Config | None = None) -> Tensor:
     """x (…, in) times a quantized weight (out, in): (…, out), in x's dtype; a layer's bias is added. way:
     "kernel", "plain" (dequantize, then multiply), or "auto": the kernel where why_plain() has nothing to say.
+    config: of the kernel; None: default_config's, which waits for the kernel before.
 
     Raises ValueError for shapes that do not fit, and where the kernel is asked for and cannot run.
     """

@@ -35,9 +35,9 @@ from .quantization import NF4, Quantized, QuantizedLinear, format_of, quantize_t
 
 # %% auto #0
 __all__ = ['BATCHES', 'ROTATED', 'SCHEDULERS', 'seconds_each', 'copies', 'copy_bandwidth', 'triton_version', 'Bench', 'sweep',
-           'start_early', 'at_batch', 'row', 'run_batch', 'taller', 'decode', 'loop_instructions', 'compiled_loop',
-           'instructions_of', 'counted', 'DequantizedProduct', 'Adapted', 'block_shapes', 'base_of', 'predicted_step',
-           'kept_after_forward', 'step_seconds', 'qlora', 'main']
+           'start_early', 'at_batch', 'row', 'run_batch', 'taller', 'decode', 'loop_instructions', 'compiled_kernel',
+           'compiled_loop', 'instructions_of', 'counted', 'DequantizedProduct', 'Adapted', 'block_shapes', 'base_of',
+           'predicted_step', 'kept_after_forward', 'step_seconds', 'qlora', 'main']
 
 # %% ../nbs/08e_decode_measured.ipynb #decode-measured-006
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -268,10 +268,8 @@ def loop_instructions(sass: str) -> dict[str, int]:
     return dict(Counter(re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", inside)))
 
 
-def compiled_loop(config: Config, q: Quantized) -> dict[str, Any]:
-    """A kernel's loop as Triton compiles it for an H100 (no GPU needed): instructions of a thread in a turn,
-    turns, and bytes of shared memory of a program.
-    """
+def compiled_kernel(config: Config, q: Quantized) -> Any:
+    """A kernel as Triton compiles it for an H100, without a GPU: its "ptx" and "cubin" are in `asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -283,7 +281,15 @@ def compiled_loop(config: Config, q: Quantized) -> dict[str, Any]:
     aligned = {(names.index(x),): [["tt.divisibility", 16]] for x in signature if x != "batch"}
     source = ASTSource(kernel, signature | dict.fromkeys(fixed, "constexpr"),
                        {(names.index(x),): value for x, value in fixed.items()}, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps})
+
+
+def compiled_loop(config: Config, q: Quantized) -> dict[str, Any]:
+    """A kernel's loop as Triton compiles it for an H100 (no GPU needed): instructions of a thread in a turn,
+    turns, and bytes of shared memory of a program.
+    """
+    import triton
+    made, fixed = compiled_kernel(config, q), constants(config, q)
     tool = Path(triton.__file__).parent/"backends"/"nvidia"/"bin"/"nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(made.asm["cubin"])

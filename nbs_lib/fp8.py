@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .collectives import bytes_sent
-from .course.provenance import command_line, provenance
+from .course.provenance import command_line, provenance, stored
 from .gpt import GPT, GPTConfig, batches, text
 from .kernels import Card, card, kernels
 from .models import arch
@@ -32,8 +32,9 @@ __all__ = ['FLOAT8', 'RECIPES', 'TINY', 'EXPONENT', 'SHORT', 'PRODUCTS', 'FREE',
            'LEVELS', 'BF16_AMP', 'Recipe', 'amax_of', 'scale_for', 'cast', 'delayed', 'to_fp8', 'decoded', 'has_fp8',
            'emulated_scaled_mm', 'along', 'scaled_mm', 'rounding_error', 'relative_error', 'Float8Product',
            'Float8Linear', 'unfit', 'Converted', 'convert', 'Product', 'Operations', 'train_run', 'training', 'three',
-           'layer', 'host_seconds', 'product_seconds', 'fused_bytes', 'predicted', 'crossover', 'timed', 'in_turn',
-           'measure_layers', 'measure_steps', 'Level', 'main']
+           'layer', 'host_seconds', 'product_seconds', 'fused_bytes', 'predicted', 'crossover', 'measured_speed',
+           'measured_gain', 'measured_crossover', 'timed', 'in_turn', 'measure_layers', 'measure_steps', 'Level',
+           'main']
 
 # %% ../nbs/07c_fp8.ipynb #fp8-005
 FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -446,6 +447,44 @@ def crossover(how: str, fused: bool = False, on: Card | None = None) -> int | No
         middle = (low + high)//2
         low, high = (low, middle) if faster(256*middle) else (middle, high)
     return 256*high
+
+# %% ../nbs/07c_fp8.ipynb #fp8-068
+def measured_speed() -> list[dict[str, Any]]:
+    """The rows of `--speed` on an H100 (nbs_lib/data/fp8_speed_h100.json): seconds of layers, in tokens a
+    second the steps of a GPT.
+    """
+    return stored("fp8_speed_h100")["rows"]
+
+
+def measured_gain(how: str, mode: str, best: bool = False,
+                  rows: list[dict] | None = None) -> dict[int, float]:
+    """bf16's time over FP8's, by the size of the layer, of measured rows; mode: "eager", "compiled". best:
+    over the faster of bf16's two modes. Sizes without both numbers are left out.
+    """
+    for name, got, accepted in (("how", how, RECIPES), ("mode", mode, ("eager", "compiled"))):
+        if got not in accepted: raise ValueError(f"{name} is {got!r}; accepted are {', '.join(accepted)}.")
+    layers = [r for r in (measured_speed() if rows is None else rows) if r["what"] == "layer"]
+
+    def seconds(of: str, modes: Iterable[str]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for r in layers:                                              # what failed is an error's text
+            if r["mode"] in modes and isinstance(r[of], float):
+                found[r["size"]] = min(r[of], found.get(r["size"], math.inf))
+        return found
+
+    bf16, fp8 = seconds("bf16", ("eager", "compiled") if best else (mode,)), seconds(how, (mode,))
+    return {n: bf16[n]/fp8[n] for n in sorted(bf16.keys() & fp8.keys())}
+
+
+def measured_crossover(how: str, mode: str, best: bool = False,
+                       rows: list[dict] | None = None) -> tuple[int, int] | None:
+    """Two neighbouring measured sizes: at the first FP8 is not faster than bf16, from the second on it is.
+    The first is 0 where FP8 is faster at all sizes. None: it is not faster at the largest.
+    """
+    gain = measured_gain(how, mode, best, rows)
+    sizes, slower = [0, *gain], [i for i, g in enumerate(gain.values(), 1) if g <= 1]
+    last = max(slower, default=0)
+    return (sizes[last], sizes[last + 1]) if last + 1 < len(sizes) else None
 
 # %% ../nbs/07c_fp8.ipynb #fp8-055
 def timed(call: Callable[[], Any], device: str, calls: int) -> float:

@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .collectives import bytes_sent
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'COLUMNS', 'ROWS', 'SMALL', 'WIDTH', 'KINDS', 'INSTRUCTION', 'ARRAY', 'NAMES', 'SHORT', 'simulate', 'spec',
-           'mesh_for', 'placements', 'batch_placement', 'program', 'small_case', 'as_jax', 'tolerance', 'apart',
-           'Collective', 'group_size', 'times_run', 'collectives', 'by_kind', 'sent', 'parameter_count', 'predicted',
-           'measured', 'speeds', 'block_by_hand', 'loss_by_hand', 'parallelized', 'Heard', 'torch_step', 'lines',
-           'held', 'findings', 'compiler_findings', 'speed_findings']
+__all__ = ['LAYOUTS', 'COLUMNS', 'ROWS', 'SMALL', 'WIDTH', 'KINDS', 'INSTRUCTION', 'ARRAY', 'LAYOUT', 'NAMES', 'SHORT',
+           'simulate', 'spec', 'mesh_for', 'placements', 'batch_placement', 'program', 'small_case', 'as_jax',
+           'tolerance', 'apart', 'Collective', 'made_by', 'group_size', 'times_run', 'collectives', 'by_kind', 'sent',
+           'parameter_count', 'predicted', 'measured', 'speeds', 'block_by_hand', 'loss_by_hand', 'parallelized',
+           'Heard', 'torch_step', 'lines', 'held', 'findings', 'compiler_findings', 'speed_findings']
 
 # %% ../nbs/10b_spmd.ipynb #spmd-005
 def simulate(n: int = 8) -> list:
@@ -165,6 +165,16 @@ class Collective:
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 INSTRUCTION = re.compile(rf"= (\((?:[^()]|\([^()]*\))*\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")
+
+
+def made_by(op: str, started: bool, shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, sizes) of what a collective makes, from its shape without layouts. One that is only started has
+    operands and results, "((f32[4]), f32[2])", and sometimes more; an all-reduce may have its results alone.
+    """
+    if started and (op != "all-reduce" or shape.startswith("((")):
+        shape = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", shape[1:-1])[1]
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in ARRAY.findall(shape)]
 
 
 def group_size(line: str, devices: int) -> int:
@@ -203,11 +213,8 @@ def collectives(text: str) -> list[Collective]:
     devices = re.search(r"num_partitions=(\d+)", text)
     for line in text.splitlines():
         if m := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line): here = m[1]
-        if not (m := INSTRUCTION.search(line)): continue
-        arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in ARRAY.findall(m[1])]
-        # what a "start" gives begins with its operands
-        if m[3] and m[2] == "all-gather": arrays = arrays[len(arrays)//2:]
-        if m[3] and m[2] == "collective-permute": arrays = arrays[1:2]
+        if not (m := INSTRUCTION.search(LAYOUT.sub("", line))): continue
+        arrays = made_by(m[2], bool(m[3]), m[1])
         where = re.search(r'op_name="([^"]*)"', line)
         size = group_size(line, int(devices[1]) if devices else 1)
         found.append(Collective(m[2], tuple(arrays), size, where[1] if where else "", times.get(here, 1)))
@@ -419,5 +426,8 @@ def speed_findings(data: dict) -> list[dict]:
             claim = f"a JAX step over several GPUs is as fast as PyTorch's ({model}, {ours[4:]})"
             because = (f"{row['tokens/s']:,.0f} tokens/s on {row['devices']} GPUs, {ratio:.2f} times "
                        f"PyTorch's best ({best}).")
+            if "bytes" in row and "bytes" in found[model, best]:
+                held = [r["bytes"]/2**30 for r in (row, found[model, best])]
+                because = f"{because[:-1]}; {held[0]:.1f} GiB a GPU instead of {held[1]:.1f}."
             out.append(_finding(data, "jax", claim, "holds" if ratio >= 0.95 else "false", because))
     return out

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from nbs_lib.adapters import (Adapted, adapt, correction_error, findings, fresh, from_peft, lines_of, measurements, merge, merge_torch,
+from nbs_lib.adapters import (Adapted, adapt, correction_error, costs_told, findings, fresh, from_peft, lines_of, measurements, merge, merge_torch,
                               predicted, quick, rounding, run_jax, run_torch, with_peft)
 from nbs_lib.adapters import jitted
 from nbs_lib.course import measure_adapters
@@ -144,12 +144,24 @@ def test_lines_are_counted_without_docstrings():
 def test_committed_measurements_hold_what_the_chapter_says():
     m = measurements("cpu")
     for found in filter(None, (m, measurements("h100"))):
-        e = found["equal"]
-        assert e["apart"] <= e["tolerance"] and e["trained"] == [e["predicted"]["trained"]] * 2
-        assert re.match(r"python3 -m nbs_lib\.(course\.measure_)?adapters", e["provenance"]["command"])
+        for part in found.values(): assert re.match(r"python3 -m nbs_lib\.(course\.measure_)?adapters", part["provenance"]["command"])
+        if e := found.get("equal"): assert e["apart"] <= e["tolerance"] and e["trained"] == [e["predicted"]["trained"]] * 2
     assert m["equal"]["weights"] == "real" and measurements("tpu") is None
     for f in findings():
         assert set(f) == {"claim", "verdict", "because", "versions", "device"} and f["because"].endswith(".")
+
+
+def test_verdicts_on_cost_follow_the_rows():
+    made = {"torch": "2", "jax": "1", "peft": "3", "device": "GPU"}
+    def cost(**rows): return {"batch": 8, "seq": 512, "provenance": made, "rows": [{"way": way.replace("_", " "), "seconds": s, "peak": p} for way, (s, p) in rows.items()]}
+    def said(c): return {f["claim"]: f["verdict"] for f in costs_told(c)}
+    memory, time = "LoRA takes less memory than training all parameters", "A LoRA step is faster in JAX than with peft"
+    rows = dict(lora_eager=(0.2, 5), full_eager=(0.1, 6), lora_jit=(0.1, 5), full_jit=(0.1, 6))
+    assert said(cost(**rows)) == {memory: "holds", time: "holds"}
+    assert said(cost(**rows | {"lora_eager": (0.2, 7)}))[memory] == "false" == said(cost(**rows | {"lora_jit": (0.3, 5)}))[time]
+    assert said(cost(**rows | {"lora_compiled": (0.05, 5)}))[time] == "false"                              # the best of peft's
+    assert said(cost(lora_eager=(0.2, None), full_eager=(0.1, None), lora_jit=(0.1, None))) == {}           # a CPU: no peaks, no verdict
+    assert said(cost(lora_eager=(0.2, 5))) == {} == said({"batch": 1, "seq": 1, "provenance": made, "rows": [{"way": "lora jit", "error": "x"}]})
 
 
 def test_a_failing_child_gives_its_error_and_a_late_one_nothing():

@@ -221,6 +221,8 @@ def test_a_reason_names_the_innermost_error_and_is_not_cut():
 
 def test_a_failure_where_all_is_a_power_of_two_says_nothing_of_other_numbers():
     claim = "dimensions must be powers of two"
+    several = "a score_mod may not close over more than one tensor"
+    assert measure.speaks(several, "two tensors") and not measure.speaks(several, "a learned number without dimensions")
     assert not measure.speaks(claim, "heads 8 wide") and measure.speaks(claim, "heads 96 wide") and measure.speaks("gradients become NaN", "heads 8 wide")
     rows = [row("heads 96 wide", "works", claim), row("heads 8 wide", "error", claim)]
     [found] = measure.limit_findings({"rows": rows, "provenance": WHERE})
@@ -245,6 +247,9 @@ def test_work_by_hand():
     assert work("sdpa causal", b, n, s, d, False) == (4*tensor + 4*b*n*s, 4*d*b*n*s*(s + 1)//2, 0)
     assert work("sdpa dense", b, n, s, d, True) == (12*tensor + 8*b*n*s + 4*n*s*s, 14*d*b*n*s*s, 4*n*s*s)
     assert work("flex alibi", b, n, s, d, False).operations == 4*d*b*n*3*128**2
+    half = s*(s + 1)//2                                       # cuDNN in JAX skips the future, and writes a gradient of the bias
+    assert work("jax cudnn", b, n, s, d, False) == (4*tensor + 4*b*n*s + 2*n*half, 4*d*b*n*half, 2*n*half)
+    assert work("jax cudnn", b, n, s, d, True) == (12*tensor + 8*b*n*s + 4*n*half + 2*b*n*s*s, 14*d*b*n*half, 4*n*half)
     assert work("jax xla", b, n, s, d, False).bytes - work("jax xla, bias inside", b, n, s, d, False).bytes == 2*b*n*s*s
 
 
@@ -255,6 +260,16 @@ def test_predictions_are_above_the_memory_limit_and_grow(way, backward):
     assert all(x["predicted"] >= x["memory"] > 0 for x in found)
     if way == "flex packed": assert found[0]["predicted"] < found[-1]["predicted"]            # blocks are coarse for short documents
     else: assert all(x["predicted"] < y["predicted"] and x["compute"] < y["compute"] for x, y in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize("part", ["torch", "jax", "explain"])
+def test_nothing_measured_is_faster_than_its_limits(part):
+    """A row below them would be a wrong clock, or a wrong count of what must be read: so cuDNN in JAX showed that it skips half of the bias."""
+    rows = [r for r in biases.measurements("h100")[part]["rows"] if "seconds" in r]
+    assert len(rows) > 20
+    for r in rows:
+        least = limits(r["way"].split(", ")[0] if "stage" in r["way"] else r["way"], r["b"], r["n"], r["s"], r["d"], r["passes"] == "both")
+        assert r["seconds"] > 0.95*max(least["memory"], least["compute"]), r
 
 
 def test_a_dense_bias_costs_what_its_bytes_cost():

@@ -142,7 +142,8 @@ def test_the_tables_hold_every_claim_verdict_reason_and_version(found):
 def test_verdicts_follow_the_data_files(changed):
     """Altered copies of the files turn verdicts over, on that device alone."""
     def slow(f):
-        next(r for r in f["steps"]["rows"] if r["name"] == "jax.jit")["seconds"] = 1.0
+        for r in (r for part in f.values() for r in part.get("rows", [])):
+            if str(r.get("name")).startswith("jax.jit"): r["seconds"] = 2.0                 # slower than anything measured, JAX without jit, too
 
     def apart(f):
         for r in f["rows"]:
@@ -174,12 +175,14 @@ def test_verdicts_follow_the_data_files(changed):
 def test_a_new_file_brings_its_verdicts_and_takes_them_off_the_list(monkeypatch):
     cpu = stored("claims_cpu")
     cpu["resumed"]["provenance"]["device"] = "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(claims, "stored", lambda name: cpu if name == "claims_h100" else None if name.endswith("_h100") else stored(name))
+    def without_gpus(name): return cpu if name == "claims_h100" else None if name.endswith("_h100") else stored(name)
+    monkeypatch.setattr(claims, "stored", without_gpus)
+    monkeypatch.setattr("nbs_lib.jax_torch.stored", without_gpus)
     found = claims.verdicts()
     claim = "A training can be stopped at any step, and goes on with the same losses"
     assert {v.kind for v in found if v.claim == claim} == {"H100", "CPU"} and "claims" not in waiting() and claim not in waiting_claims(found)
     assert waiting()["compiled"] == list(PARTS["compiled"]) and "JAX is blazing fast once it works" in waiting_claims(found)
-    assert "H100: not measured yet" in short_table([v for v in found if v.claim in waiting_claims(found)][:1]).markdown
+    assert "H100: not measured yet" in short_table([v for v in found if v.claim in waiting_claims(found) and v.chapter == "10_jax_torch"][:1]).markdown
 
 
 def test_the_parts_are_those_of_the_commands(capsys):
@@ -200,8 +203,12 @@ def test_committed_files_have_only_parts_that_are_known():
 
 def test_a_stopped_training_needs_the_optimizer_and_the_place():
     rows = claims.resumed((2,))
-    assert len(rows) == 2*len(FORGOTTEN)
-    for r in rows: assert (r["gap"] == 0) == (r["forgotten"] == "nothing"), r
+    assert len(rows) == 2*(len(FORGOTTEN) + 1)
+    for r in rows: assert (r["gap"] == 0) == r["forgotten"].startswith("nothing"), r
+    off = [{**r, "gap": r["gap"] or 1e-5} for r in rows]                    # as TF32 on a GPU: rounding, beside what forgetting costs
+    assert of_resumed(off)[0] == of_resumed(rows)[0]
+    off = [{**r, "gap": r["gap"] or 0.1} for r in rows]
+    assert of_resumed(off)[0] == "false"
     assert of_resumed(rows)[0] == "only when the optimizer's state and the place in the data are kept with the weights"
     kept = claims.in_torch(b"", 0, 3)[1]
     assert isinstance(kept, bytes) and claims.in_torch(kept, 3, 5)[0] == claims.in_torch(b"", 0, 5)[0][3:]

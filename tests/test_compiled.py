@@ -17,7 +17,7 @@ pytest.importorskip("optax")
 from jax import numpy as jnp  # noqa: E402
 
 from nbs_lib import compiled  # noqa: E402
-from nbs_lib.compiled import (CASES, TRAPS, WAYS, Graphs, Traces, after, break_even, bucket, by_name, counts,  # noqa: E402
+from nbs_lib.compiled import (CASES, TRAPS, WAYS, Graphs, Traces, about, after, break_even, bucket, by_name, counts,  # noqa: E402
                               equations, extra, findings, measurements, pays_after, stacked, step_rows, trapped,
                               unlike)
 from nbs_lib.course import compiled_steps, measure_compiled as measure  # noqa: E402
@@ -233,7 +233,8 @@ def test_pays_after_counts_from_the_first_calls_of_both():
     assert pays_after(fast, row([8.5, 1.0], 1.0)) == 2          # extra 7.5: the plain one was slow at first, too
     assert pays_after(slow, row([1.0], 1.0)) == 0                # costs nothing, gives nothing
     assert pays_after(row([9.0], 0.99), row([1.0], 1.0) | {"rounds": [0.9, 1.0, 1.0, 1.1, 1.2]}) is None
-    assert after(None) == "never" and after(1234) == "after 1,234 steps"
+    assert pays_after(row([1235.4], 0.5), row([1.0], 1.0)) == 2500 and [about(n) for n in (0, 7, 82, 328, 3176, 31760)] == [0, 7, 82, 330, 3200, 32000]
+    assert after(None) == "never" and after(1200) == "after about 1,200 steps" and after(82) == "after 82 steps" and after(0).startswith("at once")
 
 
 # --- findings -------------------------------------------------------------------------------------------------------------------

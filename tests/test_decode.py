@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -116,6 +117,22 @@ def test_an_early_start_waits_for_x():
     assert torch.equal(*got)
 
 
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton, which compiles without a GPU, too, is not installed")
+@pytest.mark.parametrize("config", [c for c in d.VECTORS if c.stages > 1])
+@pytest.mark.parametrize("method, group", [("absmax_int4", 128), ("absmax_int8", None)])
+def test_an_early_start_reads_x_and_writes_only_after_the_wait(config, method, group):
+    """In what Triton compiles: codes (which are loaded to be evicted first) and scales (16 bits) come before griddepcontrol.wait, all else after it."""
+    from nbs_lib.decode_measured import compiled_kernel
+    q, orders = weight(16, 4096, method, group), {}
+    for early in (True, False):
+        ptx = compiled_kernel(d.fitting(config._replace(early=early), q), q).asm["ptx"]
+        found = re.findall(r"griddepcontrol\.(wait|launch)|(ld|st)\.global(\S*)", ptx)
+        orders[early] = [wait or {"ld": "codes" if "evict_first" in how else "scales" if how.endswith(".b16") else "x", "st": "y"}[kind] for wait, kind, how in found]
+    before, after = (part.split() for part in " ".join(orders[True]).split("wait"))
+    assert {"codes", "launch"} <= set(before) <= {"codes", "scales", "launch"} and {"x", "y"} <= set(after) and "launch" not in after
+    assert not {"wait", "launch"} & set(orders[False])
+
+
 def number(text: str, registers: dict[str, int]) -> int:
     """The bits of a PTX operand."""
     if text.startswith(("0x", "0f")): return int(text[2:], 16)
@@ -209,7 +226,6 @@ def test_bad_input_is_named():
     (inputs(2, 256), weight(32, 256, "absmax_int8", "tensor"), "groups of 8192"), (inputs(1, 1024), weight(32, 1024, "absmax_int8", "tensor"), "do not fit"),
     (inputs(1, 96), weight(32, 96, "absmax_int4", 48), "do not fit"), (inputs(2, 256), weight(32, 256, "absmax_int4", 16), "groups of 16")])
 def test_what_the_kernels_cannot_take_is_said(x, q, said):
-    import re
     assert re.search(said, d.why_plain(x, q))
     with pytest.raises(ValueError, match="way is 'kernel', which cannot be: The kernels"): d.quantized_matmul(x, q, "kernel")
     assert torch.equal(d.quantized_matmul(x, q), F.linear(x, q.dequantize(x.dtype)))
@@ -248,6 +264,20 @@ def test_the_default_config_is_the_measured_one(monkeypatch):
     assert d.default_config(q, 100) == d.Config("dot", 32, 64, 8, 3)
     # batch 16: the measured one for batch 1 is a vector kernel, which takes one row of x
     assert d.default_config(q, 16).kernel == "dot"
+
+
+@pytest.mark.parametrize("method", ["absmax_int4", "absmax_int8"])
+def test_an_early_start_is_never_the_default_and_is_the_measured_one_where_asked_for(monkeypatch, method):
+    q = weight(64, 4096, method, 128)
+    fast, wrong, other = ["vector", 2, 1, 2, 2, True, False], ["vector", 2, 1, 1, 2, True, False], ["vector", 4, 1, 1, 2, True, False]
+    early = [[name, 1, c, s, off] for name in ("int4", "int8") for c, s, off in ((other, 3e-6, 0.5), (fast, 2e-6, 0.5), (wrong, 1e-6, 1.5), (wrong, None, 0.5))]
+    for found in (d.measured(), None, {"early": early, "chosen": {}}):
+        monkeypatch.setattr(d, "measured", lambda: found)
+        assert not any(d.default_config(q, batch).early for batch in (1, 2, 16, 64, 128, 256, 1000))
+        config = d.early_config(q)
+        assert config.early and config.stages > 1 and d.fitting(config, q) == config
+    assert config == d.fitting(d.Config(*fast), q)                      # the fastest of those that are right
+    assert d.early_config(weight(24, 96, method, 48)) is None
 
 
 @pytest.mark.parametrize("name, method, group", [("int8", "absmax_int8", None), ("int4", "absmax_int4", 128), ("int4", "absmax_int4", 64)])

@@ -133,8 +133,10 @@ def test_the_committed_measurement():
     assert all(by[name, "kernel", b]["off"] <= 1 for name in ("int8", "int4") for b in m.BATCHES)
     share = {name: by[name, "kernel", 1]["bytes"]/by[name, "kernel", 1]["seconds"]/limit for name in ("int8", "int4")}
     tall = {name: t["bytes"]/t["seconds"]/limit for name, t in found["tall"].items()}
-    # the goal is 75%: int8 reaches it, int4 did with four times the rows only in the first run
-    assert share["int8"] >= 0.75 and share["int4"] >= 0.70 and min(tall.values()) >= 0.75 and found["tall"]["int4"]["times"] == 4
+    # the goal is 75%: int8 reaches it, int4 with an early start, or with four times the rows
+    early = by["int4", "kernel, early", 1]
+    assert early["off"] <= 1 and early["bytes"]/early["seconds"]/limit >= 0.75 > share["int4"] > 0.6
+    assert share["int8"] >= 0.75 and min(tall.values()) >= 0.75 and found["tall"]["int4"]["times"] == 4
 
 
 def test_where_the_committed_kernels_win():

@@ -281,7 +281,9 @@ def test_convert_keeps_parameters_and_says_what_it_left():
     (lambda: convert(nn.Linear(16, 16)), ("model is a linear layer",)),
     (lambda: Float8Linear.from_linear(nn.Linear(16, 16))(torch.zeros(2, 32)), ("x has shape (2, 32)", "16")),
     (lambda: fp8.train_run("int8", 1), ("name is 'int8'", "bf16")),
-    (lambda: fp8.layer("int8", 32), ("how is 'int8'", "tensor"))])
+    (lambda: fp8.layer("int8", 32), ("how is 'int8'", "tensor")),
+    (lambda: fp8.measured_gain("bf16", "eager"), ("how is 'bf16'", "tensor, row, delayed")),
+    (lambda: fp8.measured_crossover("row", "fused"), ("mode is 'fused'", "eager, compiled"))])
 def test_what_is_refused(call, words):
     with pytest.raises(ValueError) as e: call()
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
@@ -314,6 +316,62 @@ def test_predicted_times():
     n = fp8.crossover("tensor", fused=True)
     assert fp8.predicted("tensor", n, True) < fp8.predicted("bf16", n, True)
     assert fp8.predicted("tensor", n - 256, True) >= fp8.predicted("bf16", n - 256, True)
+
+
+# --- measured times
+
+def test_the_measured_rows_are_whole():
+    """Both modes have the same sizes, every layer has every time, and they come from a GPU that multiplies FP8."""
+    rows, found = fp8.measured_speed(), fp8.stored("fp8_speed_h100")
+    assert found["products"] == "FP8" and "H100" in found["provenance"]["device"] and found["rows"] == rows
+    sizes = {mode: [r["size"] for r in rows if r["what"] == "layer" and r["mode"] == mode] for mode in ("eager", "compiled")}
+    assert sizes["eager"] == sizes["compiled"] == sorted(set(sizes["eager"]))
+    assert all(isinstance(r[how], float) and r[how] > 0 for r in rows for how in fp8.HOWS)
+    steps = [r for r in rows if r["what"] == "step"]
+    assert steps and all(r["tokens"] == 16384 and r["layers"] == 12 and r["hidden"] == 768 for r in steps)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("how", RECIPES)
+def test_measured_gains(how, mode):
+    rows = [r for r in fp8.measured_speed() if r["what"] == "layer"]
+    at = {(r["mode"], r["size"]): r for r in rows}
+    plain, best = (fp8.measured_gain(how, mode, b) for b in (False, True))
+    assert plain == {n: at[m, n]["bf16"]/at[m, n][how] for m, n in at if m == mode}
+    assert best.keys() == plain.keys() and all(best[n] <= plain[n] < 2 for n in plain)
+    assert best == {n: min(at[m, n]["bf16"] for m in ("eager", "compiled"))/at[mode, n][how] for n in plain}
+
+
+SECONDS = st.one_of(st.floats(1e-6, 1e-1), st.just("RuntimeError: no"))
+MADE_UP = st.lists(st.fixed_dictionaries({"what": st.sampled_from(["layer", "layer", "step"]), "size": st.integers(1, 8).map(lambda i: 16*i),
+                                          "mode": st.sampled_from(["eager", "compiled"]), **dict.fromkeys(fp8.HOWS, SECONDS)}),
+                   max_size=14, unique_by=lambda r: (r["what"], r["mode"], r["size"]))
+
+
+@given(MADE_UP, st.sampled_from([*RECIPES]), st.sampled_from(["eager", "compiled"]), st.booleans(), st.randoms())
+def test_the_measured_crossover_is_the_last_change(rows, how, mode, best, random):
+    """Against made-up rows, in any order, some of them failed: from the second size on FP8 is faster, at the first it is not, nothing lies between."""
+    shuffled = random.sample(rows, len(rows))
+    gain, found = fp8.measured_gain(how, mode, best, shuffled), fp8.measured_crossover(how, mode, best, shuffled)
+    numbers = {r["size"] for r in rows if r["what"] == "layer" and r["mode"] == mode and isinstance(r[how], float)}
+    assert gain.keys() <= numbers and list(gain) == sorted(gain) and found == fp8.measured_crossover(how, mode, best, rows)
+    if not gain or gain[max(gain)] <= 1:
+        assert found is None
+        return
+    before, first = found
+    assert first in gain and all(g > 1 for n, g in gain.items() if n >= first) and not any(before < n < first for n in gain)
+    assert before == 0 and first == min(gain) or gain[before] <= 1
+
+
+def test_made_up_crossovers():
+    def rows(*gains): return [{"what": "layer", "mode": "eager", "size": 16*2**i, "bf16": g, "tensor": 1.0} for i, g in enumerate(gains)]
+    for gains, expected in (((), None), ((0.5, 0.9), None), ((2.0, 1.0), None), ((1.5, 1.6), (0, 16)), ((0.5, 1.5), (16, 32)),
+                            ((0.5, 1.5, 0.9, 1.2), (64, 128)), ((1.0, 1.0, 1.01), (32, 64))):
+        assert fp8.measured_crossover("tensor", "eager", rows=rows(*gains)) == expected
+        assert fp8.measured_crossover("tensor", "compiled", rows=rows(*gains)) is None
+    both = rows(0.5, 1.5) + [{**r, "mode": "compiled", "bf16": 0.8} for r in rows(1, 1)]
+    assert fp8.measured_gain("tensor", "eager", rows=both) == {16: 0.5, 32: 1.5}
+    assert fp8.measured_gain("tensor", "eager", best=True, rows=both) == {16: 0.5, 32: 0.8}
 
 
 def test_levels():

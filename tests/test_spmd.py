@@ -163,13 +163,18 @@ ENTRY %main (p: f32[4]) -> f32[8] {
   %collective-permute-start = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
   %collective-permute-done = f32[5]{0} collective-permute-done(%collective-permute-start)
   %reduce-scatter-start = ((f32[8,4]{1,0}), f32[4,4]{1,0}) async-start(%x), calls=%async
+  %reduce-scatter-start.3 = ((f32[8,4]{1,0:S(1)}, f32[6]{0}), (f32[4,4]{1,0}, f32[3]{0}), u32[]) reduce-scatter-start(%x, %y), replica_groups={{0,1}}, dimensions={0}, to_apply=%add
+  %reduce-scatter-done.3 = (f32[4,4]{1,0}, f32[3]{0}) reduce-scatter-done(%reduce-scatter-start.3)
+  %all-reduce-start.4 = ((f32[2]{0}, f32[3]{0}), (f32[2]{0}, f32[3]{0})) all-reduce-start(%p, %q), replica_groups={{0,1}}, to_apply=%add
+  %all-reduce-done.4 = (f32[2]{0}, f32[3]{0}) all-reduce-done(%all-reduce-start.4)
   %fusion = f32[8]{0} fusion(%y), kind=kLoop, metadata={op_name="all-reduce of something"}
 }
 """
-    found = {c.op: c for c in collectives(text)}
-    assert {op: (len(c.arrays), c.nbytes, c.sent) for op, c in found.items()} == {
-        "all-reduce": (2, 48, 48), "all-gather": (2, 44, 22), "collective-permute": (1, 20, 20), "reduce-scatter": (1, 128, 64)}
-    assert found["all-reduce"].backward and not found["all-gather"].backward
+    found = collectives(text)
+    assert [(c.op, len(c.arrays), c.nbytes, c.sent) for c in found] == [
+        ("reduce-scatter", 1, 128, 64), ("all-reduce", 2, 48, 48), ("all-gather", 2, 44, 22), ("collective-permute", 1, 20, 20),
+        ("reduce-scatter", 2, 128 + 24, 64 + 12), ("all-reduce", 2, 20, 20)]
+    assert found[1].backward and not found[2].backward
 
 
 def test_nested_loops_multiply():

@@ -282,9 +282,12 @@ def on_speed(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
     slower = [name for name, x in ratio.items() if x > 1.1]
     verdict = ("holds" if len(slower) == len(ratio) else
                f"only when compared with {' or '.join(slower)}" if slower else "false")
-    took = ", ".join(f"{n} {1e3*r['seconds']:.1f} ms ({ratio[n]:.2f} times that)" for n, r in others.items())
+    took = ", ".join(f"{n} {1e3*r['seconds']:,.1f} ms ({ratio[n]:.2g} times that)" for n, r in others.items())
+    slow = rows.get("jax.jit, XLA's attention", jit)
     return verdict, (f"A training step takes {1e3*jit['seconds']:.1f} ms with {jit['name']}, {took}."
-                     + ("" if ops in rows else " JAX without jit was not run yet."))
+                     + ("" if ops in rows else " JAX without jit was not run yet.")
+                     + (f" With XLA's own attention in place of cuDNN's jit takes {1e3*slow['seconds']:.1f} ms."
+                        if slow is not jit else ""))
 
 
 def on_cost(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
@@ -295,7 +298,7 @@ def on_cost(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
         first = f"{name}: first call {r['first'][0]:.1f} s, then {1e3*r['seconds']:.1f} ms a step"
         if plain in rows:
             ends.append(pays_after(rows[name], rows[plain]))
-            said.append(f"{first} instead of {1e3*rows[plain]['seconds']:.1f}; paid {after(ends[-1])}")
+            said.append(f"{first} instead of {1e3*rows[plain]['seconds']:,.1f} ({plain}); paid {after(ends[-1])}")
         else: said.append(f"{first} ({plain}: not run yet)")
     paid = [n for n in ends if n is not None]
     verdict = f"only when a run has more than {max(paid):,} steps of one shape" if paid else "false"

@@ -1,6 +1,6 @@
 """Sets the course's DDP, ZeRO and FSDP beside PyTorch's on this machine's GPUs: the same GPT, the same data, in turn, in one process for each rank.
 
-    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--dry-run]
+    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--strong] [--dry-run]
 
 Each way is built anew in each round, and the rounds alternate, so that what drifts (clocks, neighbours) meets all ways alike. A way that fails is a row with its
 error. After the timings one step of each is profiled, for the pictures of compute and communication. Without GPUs: --dry-run, tiny and on gloo.
@@ -70,15 +70,14 @@ def built(way: str, model: Any, device: Any) -> tuple[Any, Callable[[], None], C
     return model, optimizer.step, optimizer.zero_grad
 
 
-def stepper(way: str, name: str, device: Any) -> Callable[[], Any]:
-    """A training step on this rank's own part of the data. The model's first weights and the data are the same in every way."""
+def stepper(way: str, name: str, device: Any, batch: int) -> Callable[[], Any]:
+    """A training step on this rank's own part of the data, so many sequences. The model's first weights and the data are the same in every way."""
     import torch
     import torch.distributed as dist
 
     from ..gpt import GPT, GPTConfig
 
-    sizes, batch = MODELS[name]
-    config = GPTConfig(**sizes)
+    config = GPTConfig(**MODELS[name][0])
     torch.manual_seed(0)
     with device:
         model = GPT(config)
@@ -130,14 +129,14 @@ def profiled(step: Callable[[], Any]) -> list[list]:
     return [[lane, round((start - began)/1e6, 7), round(took/1e6, 7), name] for lane, start, took, name in spans]
 
 
-def run_way(way: str, name: str, device: Any, steps: int, profile: bool) -> dict:
+def run_way(way: str, name: str, device: Any, batch: int, steps: int, profile: bool) -> dict:
     """Build, warm up, measure; what was seen on this rank."""
     import torch
 
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    step = stepper(way, name, device)
+    step = stepper(way, name, device, batch)
     losses = [step() for _ in range(WARM_UP)]
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -161,6 +160,9 @@ def worker(a: argparse.Namespace) -> None:
     dist.init_process_group("gloo" if a.dry_run else "nccl", device_id=None if a.dry_run else device)
     rows: dict[tuple, dict] = {}
     for name in a.models:
+        batch = MODELS[name][1]//(ranks if a.strong else 1)
+        if not batch:
+            continue  # fewer sequences than ranks
         for round_ in range(a.rounds):
             order = [way for way in ways(ranks) if way in a.ways]
             order = order if round_ % 2 == 0 else order[::-1]
@@ -170,12 +172,12 @@ def worker(a: argparse.Namespace) -> None:
                     torch.cuda.empty_cache()
                 dist.barrier()
                 try:
-                    seen = run_way(way, name, device, a.steps, round_ == a.rounds - 1)
+                    seen = run_way(way, name, device, batch, a.steps, round_ == a.rounds - 1)
                 except Exception as e:  # all ranks meet the same error, or the group breaks and the launcher ends it
                     seen = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}"}
                 every: list = [None]*ranks
                 dist.all_gather_object(every, seen)
-                gather(rows.setdefault((name, way), {"model": name, "way": way, "ranks": ranks, "batch": MODELS[name][1]}), every)
+                gather(rows.setdefault((name, way), {"model": name, "way": way, "ranks": ranks, "batch": batch}), every)
                 if rank == 0:
                     Path(a.out).write_text(json.dumps(list(rows.values())))
                     print(name, way, ranks, [round(statistics.median(s["seconds"])*1000, 2) if "seconds" in s else s["error"] for s in every], flush=True)
@@ -222,6 +224,7 @@ def main() -> None:
     p.add_argument("--ways", nargs="+", choices=ALL, default=ALL, metavar="WAY", help=f"only these: {', '.join(map(repr, ALL))}")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--strong", action="store_true", help="one rank's batch is divided among the ranks, instead of a batch for each")
     p.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     a = p.parse_args()
     if "RANK" in os.environ:
@@ -233,7 +236,7 @@ def main() -> None:
     for ranks in a.ranks:
         part = out.with_suffix(f".{ranks}.json")
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "nbs_lib.course.scaling", "--out", str(part),
-                   "--models", *a.models, "--ways", *a.ways, "--steps", str(a.steps), "--rounds", str(a.rounds), *(["--dry-run"]*a.dry_run)]
+                   "--models", *a.models, "--ways", *a.ways, "--steps", str(a.steps), "--rounds", str(a.rounds), *(["--strong"]*a.strong), *(["--dry-run"]*a.dry_run)]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if part.exists():
             rows += json.loads(part.read_text())
