@@ -33,8 +33,7 @@ from .models import Arch, arch
 # %% auto #0
 __all__ = ['Adapters', 'SMOLLM2', 'Adapted', 'adapt', 'fresh', 'adapter_step', 'merge', 'lines_of', 'with_peft', 'from_peft',
            'merge_torch', 'Run', 'run_torch', 'jitted', 'quick', 'run_jax', 'Rounding', 'correction_error', 'evaluate',
-           'rounding', 'as_arch', 'predicted', 'measurements', 'methods_of_peft', 'told', 'equal_told', 'costs_told',
-           'findings']
+           'rounding', 'as_arch', 'predicted', 'measurements', 'methods_of_peft', 'findings']
 
 # %% ../nbs/10d_adapters.ipynb #adapters-006
 @partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b"], meta_fields=["scale"])
@@ -270,48 +269,9 @@ def methods_of_peft() -> int:
     return len(PeftType)
 
 
-def told(claim: str, verdict: str, because: str, made: dict[str, Any]) -> dict[str, str]:
-    versions = f"torch {made['torch']}, jax {made['jax']}, peft {made['peft']}"
-    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions,
-            "device": made["device"]}
-
-
-def equal_told(e: dict[str, Any]) -> dict[str, str]:
-    """The verdict on the part "equal" of a measurement."""
-    good = (e["apart"] <= e["tolerance"] and len({*e["trained"], e["predicted"]["trained"]}) == 1
-            and e["state"] == [e["predicted"]["torch"], e["predicted"]["optax"]])
-    return told("LoRA by hand in JAX trains like peft", "holds" if good else "false",
-                f"{len(e['jax'])} steps on SmolLM2-135M ({e['weights']} weights): losses "
-                f"differ by {e['apart']:.1e} nats at most, {e['tolerance']:.1e} are allowed; "
-                f"{e['trained'][1]:,} numbers trained in both.", e["provenance"])
-
-
-def costs_told(c: dict[str, Any]) -> list[dict[str, str]]:
-    """The verdicts on the part "cost": memory and time, where both ways of training were measured."""
-    rows = {r["way"]: r for r in c["rows"] if "seconds" in r}
-    where, out = f"SmolLM2-135M, batch {c['batch']}, {c['seq']} tokens", []
-    pairs = [(n, rows[f"lora {w}"], rows[f"full {w}"]) for n, w in (("PyTorch", "eager"), ("JAX", "jit"))
-             if {f"lora {w}", f"full {w}"} <= rows.keys()]
-    if pairs and all(r["peak"] for _, *both in pairs for r in both):
-        saves = [lora["peak"] < full["peak"] for _, lora, full in pairs]
-        out.append(told("LoRA takes less memory than training all parameters",
-                        "holds" if all(saves) else "false", f"{where}: peaks of "
-                        + " and ".join(f"{a['peak']/2**30:.2f} GiB instead of {b['peak']/2**30:.2f} in {n}"
-                                       for n, a, b in pairs) + ".", c["provenance"]))
-    theirs = {w: r for w, r in rows.items() if w.startswith("lora") and w != "lora jit"}
-    if theirs and "lora jit" in rows and any(r["peak"] for r in rows.values()):
-        ours, best = rows["lora jit"]["seconds"], min(theirs, key=lambda w: theirs[w]["seconds"])
-        ratio = theirs[best]["seconds"]/ours
-        out.append(told("A LoRA step is faster in JAX than with peft", "holds" if ratio > 1.05 else "false",
-                        f"{where}: {1e3*ours:.0f} ms by jit; with peft "
-                        + ", ".join(f"{1e3*r['seconds']:.0f} ms {w[5:]}" for w, r in theirs.items()) + ".",
-                        c["provenance"]))
-    return out
-
-
-# %% ../nbs/10d_adapters.ipynb #adapters-124
 def findings() -> list[dict[str, str]]:
     """Per claim {"claim", "verdict", "because", "versions", "device"}, from the files that are there."""
+    from nbs_lib.course.measure_adapters import costs_told, equal_told
     out = []
     for parts in (measurements("cpu"), measurements("h100")):
         if parts and "torch" in parts.get("equal", {}): out.append(equal_told(parts["equal"]))

@@ -316,7 +316,7 @@ def measured_parts(file: dict[str, Any]) -> set[str]:
     def named(r: dict) -> str: return r.get("part") or ("flex" if r.get("how") == "flex" else r["framework"])
     if "rows" in file: return {named(r) for r in file["rows"] if ran(r)}
     return {name for name, part in file.items()
-            if "error" not in part and any(map(ran, part.get("rows", [True])))}
+            if not {"error", "unfinished"} & part.keys() and any(map(ran, part.get("rows", [True])))}
 
 
 def waiting(device: str = "h100") -> dict[str, list[str]]:

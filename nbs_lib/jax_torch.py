@@ -34,7 +34,7 @@ except ModuleNotFoundError as e:
                               "pip install 'nbs_lib[jax]'", name=e.name) from None
 from jax import numpy as jnp
 
-from .course.provenance import command_line, finding, libraries, provenance, stored
+from .course.provenance import Parts, command_line, finding, libraries, provenance, stored
 from .gpt import batches, text
 
 # %% auto #0
@@ -400,28 +400,35 @@ def about(module: str) -> dict[str, Any]:
 
 
 def measure(parts: dict[str, Callable[[], Any]], out: Path, module: str) -> dict[str, Any]:
-    """Run each part and write {name: {"rows": result, "provenance": …}} to a JSON file after every one; other
-    parts in the file stay. A part that fails leaves its error's text.
+    """Run each part and keep {"rows": result} in a file of Parts: after every part, and after every row of a
+    part that yields them ("unfinished" until the last). A part that fails leaves its error's text. SystemExit,
+    in words, for a file that cannot be gone on with.
     """
-    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    try: found = Parts(out, about(module))
+    except ValueError as e: raise SystemExit(str(e)) from None
     for name, part in parts.items():
-        started = time.perf_counter()
-        try: result = {"rows": part()}
-        except Exception as e: result = {"error": f"{type(e).__name__}: {e}"}
-        found[name] = result | {"provenance": about(module)}
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {result.get('error', 'done')} ({time.perf_counter() - started:.0f} s)", flush=True)
+        started, said, rows = time.perf_counter(), "done", []
+        try:
+            result = part()
+            for row in result if isinstance(result, Iterator) else ():
+                rows.append(row)
+                found.keep(name, {"rows": rows, "unfinished": True})
+            found.keep(name, {"rows": rows if isinstance(result, Iterator) else result})
+        except Exception as e:
+            said = f"{type(e).__name__}: {e}"
+            found.keep(name, {"error": said})
+        print(f"{name}: {said} ({time.perf_counter() - started:.0f} s)", flush=True)
     return found
 
 
 def measurements(name: str = "jax_torch") -> dict[str, dict[str, Any]]:
     """The committed measurements of a module by device, {"cpu": …, "h100": …}, as far as there are any; parts
-    that failed are left out.
+    that failed, or were cut, are left out.
     """
     found = {}
     for kind in ("cpu", "h100"):
         if parts := stored(f"{name}_{kind}"):
-            found[kind] = {part: x for part, x in parts.items() if "rows" in x}
+            found[kind] = {part: x for part, x in parts.items() if "rows" in x and "unfinished" not in x}
     return found
 
 # %% ../nbs/10_jax_torch.ipynb #jaxtorch-045

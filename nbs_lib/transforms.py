@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -173,15 +173,15 @@ def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
 
 # %% ../nbs/10e_transforms.ipynb #transforms-020
 def timings(config: LlamaConfig, batch: int, seq: int, rounds: int = 7,
-            compiled: bool = False) -> list[dict[str, Any]]:
-    """Milliseconds of each transform: torch.func as it comes (plain attention in all, so that all work), the
+            compiled: bool = False) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each transform, a row as it is measured: torch.func as it comes (plain attention in all, so that all work), the
     same under torch.compile if asked for, jax.jit, and a Python loop over the examples beside vmap. fp32.
     """
     torch.manual_seed(0)
     model, (ids, targets) = Llama(config).to(device()), next(batches(text(), batch, seq))
     v = like(dict(model.named_parameters()))
     ours = torch_transforms(model, ids.to(device()), targets.to(device()), v)
-    params, x, rows = to_jax(model), (jnp.asarray(ids.numpy()), jnp.asarray(targets.numpy())), []
+    params, x = to_jax(model), (jnp.asarray(ids.numpy()), jnp.asarray(targets.numpy()))
     theirs = jax_transforms(config, carried(model, {k: t.cpu() for k, t in v.items()}))
     for kind in KINDS:
         print(f"  {kind}", flush=True)
@@ -199,8 +199,7 @@ def timings(config: LlamaConfig, batch: int, seq: int, rounds: int = 7,
                 try: waiting(f)()
                 except Exception as e: row[f"{name} error"] = f"{type(e).__name__}: {e}"[:300]; del both[name]
             found = seconds({name: waiting(f) for name, f in both.items()}, rounds)
-        rows.append(row | {f"{name} ms": round(1e3*s, 3) for name, s in found.items()})
-    return rows
+        yield row | {f"{name} ms": round(1e3*s, 3) for name, s in found.items()}
 
 # %% ../nbs/10e_transforms.ipynb #transforms-023
 ONLY = {"torch": "only when PyTorch runs operation by operation", "jax": "only when JAX compiles it"}

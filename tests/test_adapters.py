@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from nbs_lib.adapters import (Adapted, adapt, correction_error, costs_told, findings, fresh, from_peft, lines_of, measurements, merge, merge_torch,
+from nbs_lib.adapters import (Adapted, adapt, correction_error, findings, fresh, from_peft, lines_of, measurements, merge, merge_torch,
                               predicted, quick, rounding, run_jax, run_torch, with_peft)
 from nbs_lib.adapters import jitted
 from nbs_lib.course import measure_adapters
@@ -154,7 +154,7 @@ def test_committed_measurements_hold_what_the_chapter_says():
 def test_verdicts_on_cost_follow_the_rows():
     made = {"torch": "2", "jax": "1", "peft": "3", "device": "GPU"}
     def cost(**rows): return {"batch": 8, "seq": 512, "provenance": made, "rows": [{"way": way.replace("_", " "), "seconds": s, "peak": p} for way, (s, p) in rows.items()]}
-    def said(c): return {f["claim"]: f["verdict"] for f in costs_told(c)}
+    def said(c): return {f["claim"]: f["verdict"] for f in measure_adapters.costs_told(c)}
     memory, time = "LoRA takes less memory than training all parameters", "A LoRA step is faster in JAX than with peft"
     rows = dict(lora_eager=(0.2, 5), full_eager=(0.1, 6), lora_jit=(0.1, 5), full_jit=(0.1, 6))
     assert said(cost(**rows)) == {memory: "holds", time: "holds"}

@@ -66,7 +66,7 @@ def test_what_cannot_be_is_a_sentence(tmp_path, args, words):
 
 def test_a_rehearsal_runs_every_part_and_is_gone_on_with(tmp_path):
     """Real processes on gloo: collectives equal to torch's, all strategies with the same losses, both kinds of scaling."""
-    done = call("--rehearse", "--gpus", 2, "--minutes", 3, "--out", tmp_path)
+    done = call("--rehearse", "--gpus", 2, "--minutes", 10, "--out", tmp_path, limit=590)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(measure.rows_in(tmp_path/"collectives.jsonl"))
     assert {(r["op"], r["bytes"]) for r in rows} == {(op, n) for op in node.OPS for n in node.SIZES[:4]}
@@ -77,6 +77,6 @@ def test_a_rehearsal_runs_every_part_and_is_gone_on_with(tmp_path):
     weak, strong = (json.loads((tmp_path/f"{name}.json").read_text())["rows"] for name in ("scaling", "scaling_strong"))
     batch = {(r["way"], r["ranks"]): (r["batch"], s["batch"]) for r, s in zip(weak, strong, strict=True)}
     assert batch["single", 1] == (2, 2) and batch["torch ddp", 2] == (2, 1) and not any("error" in r for r in weak + strong)
-    again = call("--rehearse", "--gpus", 2, "--minutes", 3, "--out", tmp_path)
+    again = call("--rehearse", "--gpus", 2, "--minutes", 10, "--out", tmp_path, limit=590)
     assert again.returncode == 0 and "are in" in again.stdout and not {"weak scaling", "strong scaling"} & set(again.stdout.splitlines())
     assert list(measure.rows_in(tmp_path/"collectives.jsonl")) == rows

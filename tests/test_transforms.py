@@ -154,8 +154,10 @@ def test_the_command_writes_what_bites(tmp_path):
 
 
 def test_findings_come_from_the_committed_rows():
-    for parts in measurements("transforms").values():
-        assert [r["transform"] for r in parts["timings"]["rows"]] == list(KINDS)
+    found = measurements("transforms")
+    assert {"bites", "timings"} <= found["cpu"].keys() and all("bites" in parts for parts in found.values())
+    for parts in found.values():
+        for name in {"timings", "compiled"} & parts.keys(): assert [r["transform"] for r in parts[name]["rows"]] == list(KINDS)
     for f in findings():
         assert f.keys() == {"claim", "verdict", "because", "versions", "device"}
         assert f["verdict"] in ("holds", "false", "no longer") or f["verdict"].startswith("only when")

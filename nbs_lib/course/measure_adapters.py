@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..gpt import batches, text
 from ..memory import train_memory
 from ..models import arch
-from .provenance import command_line, libraries, provenance
+from .provenance import Parts, command_line, libraries, provenance
 
 WAYS = ("lora eager", "lora jit", "full eager", "full jit", "lora compiled", "lora compiled whole")
 
@@ -231,12 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     ask.add_argument("--limit", type=float, default=240, help="seconds for one way")
     ask.add_argument("--small", action="store_true", help="short sequences and few steps, for a CPU")
     a = ask.parse_args(argv)
-    found: dict[str, Any] = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
-    made = provenance(command_line("nbs_lib.course.measure_adapters")) | versions()
-
-    def keep(part: str, value: dict[str, Any]) -> None:
-        found[part] = value | {"provenance": made}
-        a.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    try: found = Parts(a.out, provenance(command_line("nbs_lib.course.measure_adapters")) | versions())
+    except ValueError as e: ask.error(str(e))
     if a.part != "equal":
         sizes = dict(rank=16, batch=8, seq=512, rounds=20)
         if a.small: sizes = dict(rank=16, batch=1, seq=64, rounds=3)
@@ -244,11 +240,53 @@ def main(argv: list[str] | None = None) -> None:
         rows = {r["way"]: r for r in old.get("rows", []) if {k: old.get(k) for k in sizes} == sizes}
         for row in costs(a.ways or list(WAYS[:2] if a.small else WAYS), sizes, a.limit):
             rows[row["way"]] = row
-            keep("cost", sizes | {"rows": [rows[w] for w in WAYS if w in rows]})
+            found.keep("cost", sizes | {"rows": [rows[w] for w in WAYS if w in rows]})
     if a.part != "cost":
-        try: keep("equal", equal(steps=5, batch=1, seq=64) if a.small else equal())
-        except Exception as e: keep("equal", {"error": f"{type(e).__name__}: {e}"[:300]})
+        try: found.keep("equal", equal(steps=5, batch=1, seq=64) if a.small else equal())
+        except Exception as e: found.keep("equal", {"error": f"{type(e).__name__}: {e}"[:300]})
         say("equal: done")
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------
+
+def told(claim: str, verdict: str, because: str, made: dict[str, Any]) -> dict[str, str]:
+    """A finding, with peft among the versions."""
+    versions = f"torch {made['torch']}, jax {made['jax']}, peft {made['peft']}"
+    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions,
+            "device": made["device"]}
+
+
+def equal_told(e: dict[str, Any]) -> dict[str, str]:
+    """The verdict on the part "equal" of a measurement."""
+    good = (e["apart"] <= e["tolerance"] and len({*e["trained"], e["predicted"]["trained"]}) == 1
+            and e["state"] == [e["predicted"]["torch"], e["predicted"]["optax"]])
+    return told("LoRA by hand in JAX trains like peft", "holds" if good else "false",
+                f"{len(e['jax'])} steps on SmolLM2-135M ({e['weights']} weights): losses "
+                f"differ by {e['apart']:.1e} nats at most, {e['tolerance']:.1e} are allowed; "
+                f"{e['trained'][1]:,} numbers trained in both.", e["provenance"])
+
+
+def costs_told(c: dict[str, Any]) -> list[dict[str, str]]:
+    """The verdicts on the part "cost": memory and time, where both ways of training were measured."""
+    rows = {r["way"]: r for r in c["rows"] if "seconds" in r}
+    where, out = f"SmolLM2-135M, batch {c['batch']}, {c['seq']} tokens", []
+    pairs = [(n, rows[f"lora {w}"], rows[f"full {w}"]) for n, w in (("PyTorch", "eager"), ("JAX", "jit"))
+             if {f"lora {w}", f"full {w}"} <= rows.keys()]
+    if pairs and all(r["peak"] for _, *both in pairs for r in both):
+        saves = [lora["peak"] < full["peak"] for _, lora, full in pairs]
+        out.append(told("LoRA takes less memory than training all parameters",
+                        "holds" if all(saves) else "false", f"{where}: peaks of "
+                        + " and ".join(f"{a['peak']/2**30:.2f} GiB instead of {b['peak']/2**30:.2f} in {n}"
+                                       for n, a, b in pairs) + ".", c["provenance"]))
+    theirs = {w: r for w, r in rows.items() if w.startswith("lora") and w != "lora jit"}
+    if theirs and "lora jit" in rows and any(r["peak"] for r in rows.values()):
+        ours, best = rows["lora jit"]["seconds"], min(theirs, key=lambda w: theirs[w]["seconds"])
+        ratio = theirs[best]["seconds"]/ours
+        out.append(told("A LoRA step is faster in JAX than with peft", "holds" if ratio > 1.05 else "false",
+                        f"{where}: {1e3*ours:.0f} ms by jit; with peft "
+                        + ", ".join(f"{1e3*r['seconds']:.0f} ms {w[5:]}" for w, r in theirs.items()) + ".",
+                        c["provenance"]))
+    return out
 
 
 if __name__ == "__main__": main()

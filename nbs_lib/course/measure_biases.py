@@ -6,7 +6,6 @@ they come from, after every row; chapter 10c reads them. findings() are the verd
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -25,7 +24,7 @@ from torch.nn.attention import flex_attention as flex
 from ..biases import (ALIBI, LEARNED, LIMITS, PACKED, WAYS, Case, alibi_slopes, by_sdpa, causal, cause, distance,
                       documents, error_bound, flex_with_gradients, jax_with_gradients, judged, measurements,
                       packed, short, timed, trial, truth, verdict, with_gradients)
-from .provenance import command_line, finding, libraries, provenance
+from .provenance import Parts, command_line, finding, libraries, provenance
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------
@@ -317,15 +316,14 @@ def main(argv: list[str] | None = None) -> None:
     a = ask.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    try: found = Parts(a.out, provenance(command_line("nbs_lib.course.measure_biases")) | libraries("jax", "jaxlib"))
+    except ValueError as e: ask.error(str(e))
     for part in a.part or tuple(BUDGET):
         began, said = time.perf_counter(), 0
-        where = provenance(command_line("nbs_lib.course.measure_biases")) | libraries("jax", "jaxlib")
         for rows in measured(part, device, a.small, a.seconds or BUDGET[part]):
             for r in rows[said:]: print(" | ".join(str(x) for x in r.values())[:200], flush=True)
             said = len(rows)
-            found = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
-            found[part] = {"provenance": where, "seconds": round(time.perf_counter() - began), "rows": rows}
-            a.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            found.keep(part, {"seconds": round(time.perf_counter() - began), "rows": rows})
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

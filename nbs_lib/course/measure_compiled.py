@@ -25,7 +25,7 @@ from ..compiled import (TRAPS, Trap, after, by_name, cases_part, chain, equation
 from ..jax_torch import loss, to_jax
 from .compiled_steps import (LATE, SIZES, Makers, Work, cold, compared, forget, jax_step, seconds,
                              torch_step, warm_up)
-from .provenance import command_line, provenance
+from .provenance import Parts, command_line, provenance
 
 import jax      # after jax_torch, which says what to install where there is none
 import optax
@@ -243,15 +243,13 @@ def main(argv: list[str] | None = None) -> None:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-a.cores:])
         torch.set_num_threads(a.cores)
     device, end = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter() + a.limit
-    found = json.loads(a.out.read_text(encoding="utf-8")) if a.out and a.out.exists() else {}
-
-    def save(part: str, so_far: dict[str, Any]) -> None:
-        found[part] = so_far | {"provenance": source()}
-        if a.out: a.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    try: found = Parts(a.out, source())
+    except ValueError as e: ask.error(str(e))
     for part in a.part or PARTS:
         print(f"--- {part}, {end - time.perf_counter():.0f} s left", flush=True)
-        try: save(part, run(part, device, a.small, end - time.perf_counter(), functools.partial(save, part)))
-        except Exception as e: save(part, found.get(part, {}) | {"error": f"{type(e).__name__}: {e}"[:400]})
+        save = functools.partial(found.keep, part)
+        try: save(run(part, device, a.small, end - time.perf_counter(), save))
+        except Exception as e: save(found.get(part, {}) | {"error": f"{type(e).__name__}: {e}"[:400]})
     if not a.out: print(json.dumps(found, indent=1))
 
 

@@ -23,7 +23,7 @@ from ..kernels import card
 from ..memory import capacity, train_memory
 from ..roofline import train_time
 from . import measure
-from .provenance import command_line, provenance, stored
+from .provenance import command_line, provenance
 from .scaling import MODELS
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter")
@@ -74,12 +74,10 @@ def modelled(name: str, strategy: str, gpus: int, strong: bool = False) -> float
 
 
 def measured_shares(gpus: int) -> dict[tuple[str, str], float]:
-    """The share of linear scaling that was measured on so many H100s, by (model, way): nbs_lib/data/scaling_h100.json."""
-    def rate(row: dict[str, Any]) -> float:
-        return row["batch"]/statistics.median(s for r in row["rounds"] for s in r)
-    rows = [r for r in stored("scaling_h100")["rows"] if r.get("rounds")]
-    one = {r["model"]: rate(r) for r in rows if r["way"] == "single"}
-    return {(r["model"], r["way"]): rate(r)/one[r["model"]] for r in rows if r["ranks"] == gpus}
+    """The share of linear scaling that was measured on so many H100s, by (model, way)."""
+    from ..ddp import measured
+
+    return {(model, way): r["linear"] for (model, way, ranks), r in measured().items() if ranks == gpus}
 
 
 def scaled(gpus: int) -> list[dict[str, Any]]:
@@ -209,13 +207,12 @@ def run(out: Path, gpus: int, minutes: float, rehearse: bool, say: Callable[[str
         return max(20.0, share*(ends - time.monotonic()))
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    there = {(r["op"], r["ranks"]) for r in measure.rows_in(out/"collectives.jsonl")}
-    todo = [w for w in worlds(gpus) if any((op, w) not in there for op in OPS)]
+    there, sizes = {(r["op"], r["ranks"], r["bytes"]) for r in measure.rows_in(out/"collectives.jsonl")}, SIZES[:4] if rehearse else SIZES
+    todo = {w: late for w in worlds(gpus) if (late := [n for n in sizes if any((op, w, n) not in there for op in OPS)])}
     seconds = budget("collectives")
-    for w in todo:
+    for w, late in todo.items():
         say(f"collectives over {w} ranks")
-        sizes = SIZES[:4] if rehearse else SIZES
-        started([*torchrun, str(w), "-m", "nbs_lib.course.measure_node", "--out", str(out), "--worker", *map(str, sizes)], seconds/len(todo), rehearse, say)
+        started([*torchrun, str(w), "-m", "nbs_lib.course.measure_node", "--out", str(out), "--worker", *map(str, late)], seconds/len(todo), rehearse, say)
     (out/"suite.json").write_text(json.dumps(entries(gpus, rehearse), indent=1), encoding="utf-8")
     seconds = budget("strategies")
     say("strategies, through nbs measure")
@@ -227,7 +224,7 @@ def run(out: Path, gpus: int, minutes: float, rehearse: bool, say: Callable[[str
         say(f"{'strong' if strong else 'weak'} scaling")
         ranks = [1, *worlds(gpus)]
         started(["-m", "nbs_lib.course.scaling", "--out", str(file), "--ranks", *map(str, ranks), "--steps", "2" if rehearse else "8", "--rounds", "1" if rehearse else "2",
-                 *["--strong"]*strong, *["--dry-run"]*rehearse], seconds, rehearse, say)
+                 *["--strong"]*strong, *["--dry-run", "--ways", "single", "ddp", "torch ddp", "zero3"]*rehearse], seconds, rehearse, say)
 
 
 def compared(out: Path) -> list[str]:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 
@@ -45,6 +46,39 @@ def stored(name: str) -> dict[str, Any] | None:
     """A committed measurement, nbs_lib/data/NAME.json; None where there is none."""
     file = files("nbs_lib") / "data" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+class Parts(dict):
+    """A file of measurements by part, {"steps": {"rows": […], "provenance": {…}}, …}: what is kept is in the file at once, which is replaced as a whole, so that a run that is
+    killed loses nothing of before, and another run of other parts adds to it.
+
+    file: a path, or None: nothing is written. made: the provenance of what this run keeps. ValueError for a file that holds something else.
+    """
+
+    def __init__(self, file: Path | None, made: dict[str, Any]):
+        self.file, self.made = file, made
+        if file is None or not file.exists():
+            return
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{file} cannot be gone on with: {e}. Name another file with --out, or move this one away.") from None
+        if not isinstance(known, dict):
+            raise ValueError(f"{file} holds no measurements by part. Name another file with --out.")
+        self.update(known)
+
+    def keep(self, part: str, value: dict[str, Any]) -> None:
+        """This part is measured anew, or further: its value with the provenance of this run."""
+        self[part] = value | {"provenance": self.made}
+        self.write()
+
+    def write(self) -> None:
+        """What is here now, into the file."""
+        if self.file is None:
+            return
+        new = self.file.with_name(self.file.name + ".new")
+        new.write_text(json.dumps(self, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(new, self.file)
 
 
 def finding(claim: str, verdict: str, because: str, where: dict[str, Any], how: str = "") -> dict[str, str]:
