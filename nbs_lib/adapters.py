@@ -168,11 +168,16 @@ def jitted(config: LlamaConfig, scale: float, lr: float, decay: float) -> tuple:
     return jax.jit(step, compiler_options=quick()), optimizer
 
 
+@lru_cache(maxsize=1)
 def quick() -> dict[str, int] | None:
     """jit's compiler_options where a program's time does not count: on a CPU half the time to compile; on a GPU
-    products are not tuned.
+    products are not tuned. None where this XLA has no such option.
     """
-    return {"xla_backend_optimization_level" if jax.default_backend() == "cpu" else "xla_gpu_autotune_level": 0}
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level" if on_cpu else "xla_gpu_autotune_level": 0}
+    try: jax.jit(lambda x: x, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError: return None
+    return options
 
 
 def run_jax(params: Params, adapters: Adapters, config: LlamaConfig, scale: float,

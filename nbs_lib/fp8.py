@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -621,19 +621,23 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"provenance": provenance(command_line("nbs_lib.fp8")),
                              "products": "FP8" if has_fp8(torch.device(device)) else "emulated"}
+
+    def keep(said: Any) -> None:
+        print(said, file=sys.stderr, flush=True)
+        if given.out: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
     if given.train:
-        found["losses"] = {name: [train_run(name, given.steps, seed, device=device)
-                                  for seed in range(given.seeds)] for name in RUNS}
+        found["losses"] = {name: [] for name in RUNS}
+        for seed, name in product(range(given.seeds), RUNS):
+            found["losses"][name].append(train_run(name, given.steps, seed, device=device))
+            keep(f"{name}, seed {seed}: ends at {found['losses'][name][-1][-1]} nats")
     else:
         config, found["rows"] = GPTConfig(given.layers, max(1, given.hidden//64), given.hidden, 50304, given.context), []
         parts = {"layers": measure_layers(given.sizes, device, not given.eager),
                  "steps": measure_steps(config, given.batch, device, not given.eager)}
         for row in chain.from_iterable(parts[p] for p in parts if given.part in (None, p)):
             found["rows"].append(row)
-            print(row, file=sys.stderr, flush=True)
-            if given.out: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            keep(row)
     if not given.out: print(json.dumps(found))
-    else: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__" and "__file__" in globals(): main()      # a module of its own, not a notebook

@@ -178,3 +178,13 @@ def test_the_command_keeps_ways_that_were_measured_before(tmp_path, monkeypatch)
     for way in ("lora jit", "full jit", "lora eager"):
         measure_adapters.main(["--small", "--part", "cost", "--ways", way, "--out", str(file)])
     assert [r["way"] for r in json.loads(file.read_text())["cost"]["rows"]] == ["lora eager", "lora jit"]
+
+
+def test_what_is_not_timed_is_compiled_quickly_where_xla_knows_how(monkeypatch):
+    ask = quick.__wrapped__                                     # not the answer that it keeps
+    assert ask() == {"xla_backend_optimization_level": 0}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert ask() == {"xla_gpu_autotune_level": 0}
+    def unknown(*_, compiler_options): raise jax.errors.JaxRuntimeError(f"No such compile option: {compiler_options}")
+    monkeypatch.setattr(jax, "jit", unknown)
+    assert ask() is None
