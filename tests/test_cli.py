@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -242,6 +243,21 @@ def test_interrupting_serve_ends_it_at_once():
         assert process.poll() is None, line
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
+
+
+@pytest.mark.parametrize("number, command", [(signal.SIGTERM, ["serve", "--port", "18310"]), (signal.SIGHUP, ["lab", "--port", "18320"])])
+def test_killed_or_without_its_terminal_it_ends_what_it_started(number, command, tmp_path):
+    process = subprocess.Popen([str(NBS), *command], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"NBS_WORK": str(tmp_path/"work"), "PYTHONUNBUFFERED": "1"},
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    lines = []
+    while not lines or not re.match("Site: |JupyterLab: ", lines[-1]):
+        lines.append(process.stdout.readline())
+        assert process.poll() is None, lines
+    address = re.search(r"http://\S+", lines[-1])[0]
+    urllib.request.urlopen(address).close()
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    with pytest.raises(urllib.error.URLError): urllib.request.urlopen(address)
 
 
 def test_main_without_a_command_prints_help(capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 
@@ -106,8 +108,16 @@ def parser() -> Parser:
     return top
 
 
+def _end(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # what was started is ended on the way out
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. As a program (no argv) it ends what it started also when it is killed, or its terminal is closed."""
+    if argv is None:
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+                signal.signal(number, _end)
     top = parser()
     args = top.parse_args(argv)
     if args.command is None:
