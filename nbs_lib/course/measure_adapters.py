@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..gpt import batches, text
 from ..memory import train_memory
 from ..models import arch
-from .provenance import Parts, command_line, libraries, provenance
+from .provenance import Parts, command_line, finding, libraries, provenance
 
 WAYS = ("lora eager", "lora jit", "full eager", "full jit", "lora compiled", "lora compiled whole")
 
@@ -249,21 +249,14 @@ def main(argv: list[str] | None = None) -> None:
 
 # --- verdicts ----------------------------------------------------------------------------------------------
 
-def told(claim: str, verdict: str, because: str, made: dict[str, Any]) -> dict[str, str]:
-    """A finding, with peft among the versions."""
-    versions = f"torch {made['torch']}, jax {made['jax']}, peft {made['peft']}"
-    return {"claim": claim, "verdict": verdict, "because": because, "versions": versions,
-            "device": made["device"]}
-
-
 def equal_told(e: dict[str, Any]) -> dict[str, str]:
     """The verdict on the part "equal" of a measurement."""
     good = (e["apart"] <= e["tolerance"] and len({*e["trained"], e["predicted"]["trained"]}) == 1
             and e["state"] == [e["predicted"]["torch"], e["predicted"]["optax"]])
-    return told("LoRA by hand in JAX trains like peft", "holds" if good else "false",
-                f"{len(e['jax'])} steps on SmolLM2-135M ({e['weights']} weights): losses "
-                f"differ by {e['apart']:.1e} nats at most, {e['tolerance']:.1e} are allowed; "
-                f"{e['trained'][1]:,} numbers trained in both.", e["provenance"])
+    return finding("LoRA by hand in JAX trains like peft", "holds" if good else "false",
+                   f"{len(e['jax'])} steps on SmolLM2-135M ({e['weights']} weights): losses "
+                   f"differ by {e['apart']:.1e} nats at most, {e['tolerance']:.1e} are allowed; "
+                   f"{e['trained'][1]:,} numbers trained in both.", e["provenance"])
 
 
 def costs_told(c: dict[str, Any]) -> list[dict[str, str]]:
@@ -274,18 +267,17 @@ def costs_told(c: dict[str, Any]) -> list[dict[str, str]]:
              if {f"lora {w}", f"full {w}"} <= rows.keys()]
     if pairs and all(r["peak"] for _, *both in pairs for r in both):
         saves = [lora["peak"] < full["peak"] for _, lora, full in pairs]
-        out.append(told("LoRA takes less memory than training all parameters",
-                        "holds" if all(saves) else "false", f"{where}: peaks of "
-                        + " and ".join(f"{a['peak']/2**30:.2f} GiB instead of {b['peak']/2**30:.2f} in {n}"
-                                       for n, a, b in pairs) + ".", c["provenance"]))
+        peaks = " and ".join(f"{a['peak']/2**30:.2f} GiB instead of {b['peak']/2**30:.2f} in {n}"
+                             for n, a, b in pairs)
+        out.append(finding("LoRA takes less memory than training all parameters",
+                           "holds" if all(saves) else "false", f"{where}: peaks of {peaks}.", c["provenance"]))
     theirs = {w: r for w, r in rows.items() if w.startswith("lora") and w != "lora jit"}
     if theirs and "lora jit" in rows and any(r["peak"] for r in rows.values()):
         ours, best = rows["lora jit"]["seconds"], min(theirs, key=lambda w: theirs[w]["seconds"])
-        ratio = theirs[best]["seconds"]/ours
-        out.append(told("A LoRA step is faster in JAX than with peft", "holds" if ratio > 1.05 else "false",
-                        f"{where}: {1e3*ours:.0f} ms by jit; with peft "
-                        + ", ".join(f"{1e3*r['seconds']:.0f} ms {w[5:]}" for w, r in theirs.items()) + ".",
-                        c["provenance"]))
+        took = ", ".join(f"{1e3*r['seconds']:.0f} ms {w[5:]}" for w, r in theirs.items())
+        out.append(finding("A LoRA step is faster in JAX than with peft",
+                           "holds" if theirs[best]["seconds"] > 1.05*ours else "false",
+                           f"{where}: {1e3*ours:.0f} ms by jit; with peft {took}.", c["provenance"]))
     return out
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..hardware import detect_why, gpu
 from ..kernels import card
 from ..memory import capacity, train_memory
 from ..roofline import train_time
-from . import measure
+from . import measure, processes
 from .provenance import command_line, provenance
 from .scaling import MODELS
 
@@ -30,8 +29,8 @@ OPS = ("all_reduce", "all_gather", "reduce_scatter")
 SIZES = [2**k for k in range(12, 31, 2)]  # bytes of the whole tensor
 TINY = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=96, max_position_embeddings=64, tie_word_embeddings=False)
-BLOCKS = {"1b": dict(model="llama-3.2-1b", batch=2, seq=1024), "8b": dict(model="llama-3-8b", batch=1, seq=2048, checkpointing=True)}
-TWINS = {"ddp": "ddp", "torch ddp": "ddp", "fsdp FULL_SHARD": "full_shard", "fsdp2 reshard": "full_shard", "fsdp SHARD_GRAD_OP": "shard_grad_op", "fsdp2 keep": "shard_grad_op",
+SHAPES = (dict(model="llama-3.2-1b", batch=2, seq=1024), dict(model="llama-3-8b", batch=1, seq=2048, checkpointing=True))
+STRATEGY = {"ddp": "ddp", "torch ddp": "ddp", "fsdp FULL_SHARD": "full_shard", "fsdp2 reshard": "full_shard", "fsdp SHARD_GRAD_OP": "shard_grad_op", "fsdp2 keep": "shard_grad_op",
          "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 SHARES = {"collectives": 0.15, "strategies": 0.45, "scaling": 0.2, "strong": 0.2}  # of the time
 
@@ -47,9 +46,9 @@ def entries(gpus: int, rehearse: bool = False) -> list[dict[str, Any]]:
     if rehearse:
         return [dict(group="rehearsal", model=TINY, batch=1, seq=16, precision="fp32", attention="eager", optimizer="sgd", **s) for s in strategies(gpus)]
     room, out = capacity(gpu("h100-sxm")), []
-    for block in BLOCKS.values():
+    for shape in SHAPES:
         for s in strategies(gpus):
-            settings = dict(**block, precision="bf16", optimizer="adamw_fused", **s)
+            settings = dict(**shape, precision="bf16", optimizer="adamw_fused", **s)
             if train_memory(**settings).peak_any <= room:
                 out.append(dict(group={4: "four", 8: "eight"}.get(gpus, f"{gpus} GPUs"), **settings))
     return out
@@ -57,19 +56,21 @@ def entries(gpus: int, rehearse: bool = False) -> list[dict[str, Any]]:
 
 def gpt2_like(name: str) -> dict[str, Any]:
     """A config of transformers' GPT-2 with the sizes of a model of nbs_lib.course.scaling: whose step is predicted."""
-    sizes = MODELS[name][0]
-    return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=sizes["hidden"], n_layer=sizes["layers"], n_head=sizes["heads"], n_positions=sizes.get("context", 1024),
-                vocab_size=50304, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    from ..gpt import GPTConfig
+
+    c = GPTConfig(**MODELS[name][0])
+    return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=c.hidden, n_layer=c.layers, n_head=c.heads, n_positions=c.context, vocab_size=c.vocab,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 def modelled(name: str, strategy: str, gpus: int, strong: bool = False) -> float | None:
     """Chapter 4's share of linear scaling: tokens per second of all GPUs over as many times one GPU's. strong: one GPU's batch is divided among them; None where it does not divide."""
-    batch = MODELS[name][1]
+    batch, like = MODELS[name][1], gpt2_like(name)
     if strong and batch % gpus:
         return None
 
     def rate(batch: int, **more: Any) -> float:
-        return batch/train_time(gpt2_like(name), batch, 1024, "amp_bf16", "adamw_fused", **more).seconds
+        return batch/train_time(like, batch, like["n_positions"], "amp_bf16", "adamw_fused", **more).seconds
     return rate(batch//gpus if strong else batch, strategy=strategy, world_size=gpus)/rate(batch)
 
 
@@ -85,8 +86,8 @@ def scaled(gpus: int) -> list[dict[str, Any]]:
 
     The model alone knows transformers' GPT-2 and not the course's GPT, whose casts and kernels take another share; from two GPUs on, what changes is communication.
     """
-    return [dict(model=model, way=way, gpus=n, strong=strong, share=share*more/modelled(model, TWINS[way], 2)) for (model, way), share in measured_shares(2).items() for n in worlds(gpus)
-            for strong in (False, True) if (strong or n > 2) and (more := modelled(model, TWINS[way], n, strong)) is not None]
+    return [dict(model=model, way=way, gpus=n, strong=strong, share=share*more/modelled(model, STRATEGY[way], 2)) for (model, way), share in measured_shares(2).items() for n in worlds(gpus)
+            for strong in (False, True) if (strong or n > 2) and (more := modelled(model, STRATEGY[way], n, strong)) is not None]
 
 
 def predictions(gpus: int, rehearse: bool = False) -> dict[str, Any]:
@@ -178,23 +179,15 @@ def rank_main(out: Path, sizes: list[int]) -> None:
 # --- the parts --------------------------------------------------------------------------------------------------------------------
 
 def started(command: list[str], seconds: float, cpu: bool, say: Callable[[str], None]) -> None:
-    """Run a command for at most so long; what it has written until then stays."""
+    """Run a command for at most so long, and say what it said; what it has written until then stays."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {})
-    process = subprocess.Popen([sys.executable, "-W", "ignore", *command], env=env, start_new_session=True)
-    try:
-        status = process.wait(seconds)
-        if status:
-            say(f"  ended with exit status {status}; what it wrote until then is kept")
-    except subprocess.TimeoutExpired:
+    (status, text), = processes.run([[sys.executable, "-W", "ignore", *command]], env, seconds)
+    for line in text.splitlines():
+        say("  " + line)
+    if status is None:
         say(f"  {seconds:.0f} s are over; what it wrote until then is kept")
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 15)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+    elif status:
+        say(f"  ended with exit status {status}; what it wrote until then is kept")
 
 
 def run(out: Path, gpus: int, minutes: float, rehearse: bool, say: Callable[[str], None] = print) -> None:

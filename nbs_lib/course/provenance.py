@@ -83,5 +83,5 @@ class Parts(dict):
 
 def finding(claim: str, verdict: str, because: str, where: dict[str, Any], how: str = "") -> dict[str, str]:
     """A claim tested, its verdict, the reason with its numbers, and where that was measured: `where` is provenance, `how` a word beside the device."""
-    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "jax", "jaxlib") if where.get(name))
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "jax", "jaxlib", "peft") if where.get(name))
     return {"claim": claim, "verdict": verdict, "because": because, "versions": versions, "device": where["device"] + (f", {how}" if how else "")}
