@@ -10,8 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from .kernels import Card, card, kernels
 from .models import arch
 
 # %% auto #0
-__all__ = ['FLOAT8', 'RECIPES', 'TINY', 'EXPONENT', 'SHORT', 'PRODUCTS', 'FREE', 'SMALL', 'RUNS', 'HOWS', 'Size', 'BYTES',
-           'LEVELS', 'BF16_AMP', 'Recipe', 'amax_of', 'scale_for', 'cast', 'delayed', 'to_fp8', 'decoded', 'has_fp8',
-           'emulated_scaled_mm', 'along', 'scaled_mm', 'rounding_error', 'relative_error', 'Float8Product',
+__all__ = ['FLOAT8', 'RECIPES', 'TINY', 'EXPONENT', 'SHORT', 'PRODUCTS', 'FREE', 'SMALL', 'RUNS', 'TRAINED', 'HOWS', 'Size',
+           'BYTES', 'LEVELS', 'BF16_AMP', 'Recipe', 'amax_of', 'scale_for', 'cast', 'delayed', 'to_fp8', 'decoded',
+           'has_fp8', 'emulated_scaled_mm', 'along', 'scaled_mm', 'rounding_error', 'relative_error', 'Float8Product',
            'Float8Linear', 'unfit', 'Converted', 'convert', 'Product', 'Operations', 'train_run', 'training', 'three',
            'layer', 'host_seconds', 'product_seconds', 'fused_bytes', 'predicted', 'crossover', 'measured_speed',
            'measured_gain', 'measured_crossover', 'timed', 'in_turn', 'measure_layers', 'measure_steps', 'Level',
@@ -370,9 +369,15 @@ def train_run(name: str, steps: int, seed: int = 0, config: GPTConfig = SMALL, b
     return [round(float(x), 4) for x in losses]
 
 
-def training() -> dict[str, Any]:
-    """The committed runs: provenance, settings, and losses by run and seed."""
-    return json.loads((files("nbs_lib")/"data"/"fp8_training.json").read_text(encoding="utf-8"))
+TRAINED = {"cpu": "fp8_training_cpu", "h100": "fp8_training_h100", "h100, larger": "fp8_training_h100_larger"}
+
+
+def training(where: str = "cpu") -> dict[str, Any]:
+    """The committed runs: provenance, settings, and losses by run and seed. where: of TRAINED; SMALL on a CPU
+    or an H100, or a larger GPT on an H100.
+    """
+    if where not in TRAINED: raise ValueError(f"where is {where!r}; accepted are {', '.join(map(repr, TRAINED))}.")
+    return stored(TRAINED[where])
 
 # %% ../nbs/07c_fp8.ipynb #fp8-047
 HOWS = ("bf16", *RECIPES)
@@ -450,10 +455,10 @@ def crossover(how: str, fused: bool = False, on: Card | None = None) -> int | No
 
 # %% ../nbs/07c_fp8.ipynb #fp8-068
 def measured_speed() -> list[dict[str, Any]]:
-    """The rows of `--speed` on an H100 (nbs_lib/data/fp8_speed_h100.json): seconds of layers, in tokens a
-    second the steps of a GPT.
+    """The rows of `--speed` on an H100: seconds of layers and, in tokens a second, a first step of a GPT
+    (nbs_lib/data/fp8_speed_h100.json), then the steps of a second run (fp8_steps_h100.json).
     """
-    return stored("fp8_speed_h100")["rows"]
+    return [row for file in ("fp8_speed_h100", "fp8_steps_h100") for row in stored(file)["rows"]]
 
 
 def measured_gain(how: str, mode: str, best: bool = False,
@@ -607,17 +612,22 @@ def main() -> None:
     what.add_argument("--train", action="store_true", help="loss curves of a small GPT in each precision")
     what.add_argument("--speed", action="store_true", help="times of layers by size, and of a GPT's steps")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sizes", type=int, nargs="+",
                         default=[4096, 8192, 2048, 16384, 1024, 6144, 3072, 12288, 1536])
     parser.add_argument("--part", choices=("layers", "steps"), help="--speed: only one of them")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a GPT's step (--speed)")
-    parser.add_argument("--layers", type=int, default=12, help="of the GPT whose steps are timed")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--batch", type=int, help="sequences of a GPT's step (--train: 8, --speed: 16)")
+    parser.add_argument("--layers", type=int, help="of the GPT (2, 12)")
+    parser.add_argument("--hidden", type=int, help="(64, 768)")
+    parser.add_argument("--context", type=int, help="(64, 1024)")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--out", type=Path, help="write the JSON here after each row, not on the screen")
     given = parser.parse_args()
+    usual = ({"layers": SMALL.layers, "hidden": SMALL.hidden, "context": SMALL.context, "batch": 8} if given.train
+             else {"layers": 12, "hidden": 768, "context": 1024, "batch": 16})
+    size = {k: getattr(given, k) or v for k, v in usual.items()}
+    batch = size.pop("batch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"provenance": provenance(command_line("nbs_lib.fp8")),
                              "products": "FP8" if has_fp8(torch.device(device)) else "emulated"}
@@ -626,14 +636,17 @@ def main() -> None:
         print(said, file=sys.stderr, flush=True)
         if given.out: given.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
     if given.train:
+        config = GPTConfig(**size, heads=SMALL.heads if size["hidden"] == SMALL.hidden else max(1, size["hidden"]//64),
+                           vocab=SMALL.vocab)
+        found["settings"] = {**asdict(config), "batch": batch, "steps": given.steps, "lr": given.lr, "seeds": given.seeds}
         found["losses"] = {name: [] for name in RUNS}
-        for seed, name in product(range(given.seeds), RUNS):
-            found["losses"][name].append(train_run(name, given.steps, seed, device=device))
+        for seed, name in product(given.seeds, RUNS):
+            found["losses"][name].append(train_run(name, given.steps, seed, config, batch, given.lr, device))
             keep(f"{name}, seed {seed}: ends at {found['losses'][name][-1][-1]} nats")
     else:
-        config, found["rows"] = GPTConfig(given.layers, max(1, given.hidden//64), given.hidden, 50304, given.context), []
+        config, found["rows"] = GPTConfig(**size, heads=max(1, size["hidden"]//64), vocab=50304), []
         parts = {"layers": measure_layers(given.sizes, device, not given.eager),
-                 "steps": measure_steps(config, given.batch, device, not given.eager)}
+                 "steps": measure_steps(config, batch, device, not given.eager)}
         for row in chain.from_iterable(parts[p] for p in parts if given.part in (None, p)):
             found["rows"].append(row)
             keep(row)

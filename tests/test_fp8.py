@@ -282,6 +282,7 @@ def test_convert_keeps_parameters_and_says_what_it_left():
     (lambda: Float8Linear.from_linear(nn.Linear(16, 16))(torch.zeros(2, 32)), ("x has shape (2, 32)", "16")),
     (lambda: fp8.train_run("int8", 1), ("name is 'int8'", "bf16")),
     (lambda: fp8.layer("int8", 32), ("how is 'int8'", "tensor")),
+    (lambda: fp8.training("h200"), ("where is 'h200'", "'cpu', 'h100', 'h100, larger'")),
     (lambda: fp8.measured_gain("bf16", "eager"), ("how is 'bf16'", "tensor, row, delayed")),
     (lambda: fp8.measured_crossover("row", "fused"), ("mode is 'fused'", "eager, compiled"))])
 def test_what_is_refused(call, words):
@@ -291,15 +292,24 @@ def test_what_is_refused(call, words):
 
 # --- training, times, levels
 
-def test_fp8_trains_as_bf16_does_and_without_scales_it_does_not():
-    """The committed runs: with scales, the last losses are within what bf16 itself changes and a little; without, far off."""
-    losses = fp8.training()["losses"]
-    assert set(losses) == set(fp8.RUNS)
-    steps = {len(x) for by_seed in losses.values() for x in by_seed}
-    assert len(steps) == 1 and steps.pop() >= 200
+@pytest.mark.parametrize("where", ["cpu", "h100"])
+def test_fp8_trains_as_bf16_does_and_without_scales_it_does_not(where):
+    """The committed runs of a small GPT: with scales, the last losses are within what bf16 itself changes and a little; without, far off."""
+    losses = fp8.training(where)["losses"]
     last = {name: sum(sum(x[-50:]) for x in by_seed)/50/len(by_seed) for name, by_seed in losses.items()}
     for name in ("bf16", *RECIPES): assert abs(last[name] - last["fp32"]) < 0.02
     assert last["no scales"] - last["fp32"] > 0.5
+
+
+@pytest.mark.parametrize("where", fp8.TRAINED)
+def test_the_committed_runs_are_whole(where):
+    """Every run has every step with every seed; losses fall; the first ones are those of a model that knows nothing of 128 tokens."""
+    found = fp8.training(where)
+    assert set(found["losses"]) == set(fp8.RUNS) and found["products"] == ("emulated" if where == "cpu" else "FP8")
+    assert {len(by_seed) for by_seed in found["losses"].values()} == {2}
+    assert len(steps := {len(x) for by_seed in found["losses"].values() for x in by_seed}) == 1 and steps.pop() >= 200
+    for by_seed in found["losses"].values():
+        for x in by_seed: assert abs(x[0] - math.log(128)) < 0.2 and sum(x[-20:])/20 < x[0] - 1.5
 
 
 def test_a_run_repeats():
@@ -323,7 +333,8 @@ def test_predicted_times():
 def test_the_measured_rows_are_whole():
     """Both modes have the same sizes, every layer has every time, and they come from a GPU that multiplies FP8."""
     rows, found = fp8.measured_speed(), fp8.stored("fp8_speed_h100")
-    assert found["products"] == "FP8" and "H100" in found["provenance"]["device"] and found["rows"] == rows
+    for file in (found, fp8.stored("fp8_steps_h100")): assert file["products"] == "FP8" and "H100" in file["provenance"]["device"]
+    assert rows == found["rows"] + fp8.stored("fp8_steps_h100")["rows"]
     sizes = {mode: [r["size"] for r in rows if r["what"] == "layer" and r["mode"] == mode] for mode in ("eager", "compiled")}
     assert sizes["eager"] == sizes["compiled"] == sorted(set(sizes["eager"]))
     assert all(isinstance(r[how], float) and r[how] > 0 for r in rows for how in fp8.HOWS)
@@ -388,11 +399,13 @@ def test_levels():
 def test_commands(tmp_path, monkeypatch):
     """Both write JSON that says where it comes from."""
     speed = ["--speed", "--eager", "--sizes", "32", "--layers", "1", "--hidden", "64", "--context", "16", "--batch", "1"]
-    for name, args in (("train", ["--train", "--steps", "2", "--seeds", "1"]), ("speed", speed)):
+    for name, args in (("train", ["--train", "--steps", "2", "--seeds", "3", "--hidden", "128"]), ("speed", speed)):
         out = tmp_path/f"{name}.json"
         monkeypatch.setattr("sys.argv", ["fp8", *args, "--out", str(out)])
         fp8.main()
         found = json.loads(out.read_text())
         assert found["provenance"]["command"].startswith(f"python3 -m nbs_lib.fp8 --{name}") and found["products"] in ("FP8", "emulated")
-        if name == "train": assert all(len(x[0]) == 2 for x in found["losses"].values())
+        if name == "train":
+            assert all(len(by_seed) == 1 and len(by_seed[0]) == 2 for by_seed in found["losses"].values())
+            assert found["settings"] == found["settings"] | {"layers": 2, "hidden": 128, "heads": 2, "context": 64, "batch": 8, "seeds": [3], "steps": 2}
         else: assert [r["what"] for r in found["rows"]] == ["layer", "step"] and all(r[how] > 0 for r in found["rows"] for how in fp8.HOWS)

@@ -1,19 +1,22 @@
 """Sets the course's DDP, ZeRO and FSDP beside PyTorch's on this machine's GPUs: the same GPT, the same data, in turn, in one process for each rank.
 
-    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--strong] [--dry-run]
+    python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--strong] [--seconds 120] [--dry-run]
 
 Each way is built anew in each round, and the rounds alternate, so that what drifts (clocks, neighbours) meets all ways alike. A way that fails is a row with its
-error. After the timings one step of each is profiled, for the pictures of compute and communication. Without GPUs: --dry-run, tiny and on gloo.
+error. After the timings one step of each is profiled, for the pictures of compute and communication. --seconds: no way is begun after that, and what was measured
+stays. Without GPUs: --dry-run, tiny and on gloo.
 """
 from __future__ import annotations
 
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -157,8 +160,10 @@ def worker(a: argparse.Namespace) -> None:
     device = torch.device("cpu") if a.dry_run else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if not a.dry_run:
         torch.cuda.set_device(device)
+    began = time.monotonic()
     dist.init_process_group("gloo" if a.dry_run else "nccl", device_id=None if a.dry_run else device)
     rows: dict[tuple, dict] = {}
+    over = False
     for name in a.models:
         batch = MODELS[name][1]//(ranks if a.strong else 1)
         if not batch:
@@ -170,7 +175,10 @@ def worker(a: argparse.Namespace) -> None:
                 gc.collect()
                 if not a.dry_run:
                     torch.cuda.empty_cache()
-                dist.barrier()
+                late = torch.tensor(float(time.monotonic() - began > a.seconds), device=device)
+                dist.broadcast(late, 0)  # one rank's clock decides, or ranks would wait for each other; a barrier, too
+                if over := over or bool(late.item()):
+                    break
                 try:
                     seen = run_way(way, name, device, batch, a.steps, round_ == a.rounds - 1)
                 except Exception as e:  # all ranks meet the same error, or the group breaks and the launcher ends it
@@ -181,6 +189,8 @@ def worker(a: argparse.Namespace) -> None:
                 if rank == 0:
                     Path(a.out).write_text(json.dumps(list(rows.values())))
                     print(name, way, ranks, [round(statistics.median(s["seconds"])*1000, 2) if "seconds" in s else s["error"] for s in every], flush=True)
+    if over and rank == 0:
+        print(f"{a.seconds:.0f} s are over; what was measured until then is kept", flush=True)
     gc.collect()  # a DDP module that is still there keeps gloo's threads running: at exit one of them can meet an interpreter that is gone, and abort
     dist.destroy_process_group()
 
@@ -225,6 +235,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--strong", action="store_true", help="one rank's batch is divided among the ranks, instead of a batch for each")
+    p.add_argument("--seconds", type=float, default=math.inf, help="for everything; no way is begun after that (default: as long as it takes)")
     p.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     a = p.parse_args()
     if "RANK" in os.environ:
@@ -232,17 +243,18 @@ def main() -> None:
         return
     if a.dry_run:
         a.models = ["tiny"]
-    out, rows = Path(a.out), []
-    for ranks in a.ranks:
+    out, rows, ends = Path(a.out), [], time.monotonic() + a.seconds
+    for done, ranks in enumerate(a.ranks):
         part = out.with_suffix(f".{ranks}.json")
+        share = max(0.0, ends - time.monotonic())/(len(a.ranks) - done)
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "nbs_lib.course.scaling", "--out", str(part),
-                   "--models", *a.models, "--ways", *a.ways, "--steps", str(a.steps), "--rounds", str(a.rounds), *(["--strong"]*a.strong), *(["--dry-run"]*a.dry_run)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   "--models", *a.models, "--ways", *a.ways, "--steps", str(a.steps), "--rounds", str(a.rounds), "--seconds", str(share), *(["--strong"]*a.strong), *(["--dry-run"]*a.dry_run)]
+        ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if part.exists():
             rows += json.loads(part.read_text())
             part.unlink()
-        if done.returncode:
-            print(f"{ranks} ranks ended with exit status {done.returncode}; rows until then are kept.")
+        if ended.returncode:
+            print(f"{ranks} ranks ended with exit status {ended.returncode}; rows until then are kept.")
         out.write_text(json.dumps({"provenance": provenance(command_line("nbs_lib.course.scaling")), "models": {m: MODELS[m][0] for m in a.models}, "rows": rows}, indent=None))
     print(*summary(rows), sep="\n")
 
