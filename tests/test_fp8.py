@@ -305,9 +305,11 @@ def test_fp8_trains_as_bf16_does_and_without_scales_it_does_not(where):
 def test_the_committed_runs_are_whole(where):
     """Every run has every step with every seed; losses fall; the first ones are those of a model that knows nothing of 128 tokens."""
     found = fp8.training(where)
-    assert set(found["losses"]) == set(fp8.RUNS) and found["products"] == ("emulated" if where == "cpu" else "FP8")
-    assert {len(by_seed) for by_seed in found["losses"].values()} == {2}
-    assert len(steps := {len(x) for by_seed in found["losses"].values() for x in by_seed}) == 1 and steps.pop() >= 200
+    cut = where == "cpu, larger"                                    # which is two of the runs, and their beginning
+    assert set(found["losses"]) == ({"bf16", "tensor"} if cut else set(fp8.RUNS))
+    assert found["products"] == ("emulated" if where.startswith("cpu") else "FP8")
+    assert {len(by_seed) for by_seed in found["losses"].values()} == {1 if cut else 2}
+    assert len(steps := {len(x) for by_seed in found["losses"].values() for x in by_seed}) == 1 and steps.pop() >= (100 if cut else 200)
     for by_seed in found["losses"].values():
         for x in by_seed: assert abs(x[0] - math.log(128)) < 0.2 and sum(x[-20:])/20 < x[0] - 1.5
 
