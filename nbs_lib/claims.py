@@ -21,7 +21,7 @@ from .course.provenance import finding, stored
 __all__ = ['WORDS', 'ONLY', 'STEPS', 'STOPS', 'FORGOTTEN', 'NOT_STOPPED', 'SAME', 'CHAPTERS', 'DEVICES', 'PARTS', 'Verdict',
            'data', 'fresh', 'in_torch', 'jax_step', 'in_jax', 'resumed', 'of_resumed', 'findings', 'as_verdict',
            'verdicts', 'bold', 'plain', 'dates', 'measured_with', 'verdict_table', 'waiting_claims', 'in_short',
-           'short_table', 'differing', 'measured_parts', 'waiting', 'main']
+           'short_table', 'differing', 'measured_parts', 'begun', 'waiting', 'main']
 
 # %% ../nbs/10g_claims.ipynb #claims-005
 WORDS, ONLY = ("holds", "no longer", "false"), "only when "
@@ -142,8 +142,9 @@ def in_jax(kept: bytes, first: int, last: int, forget: str = "nothing") -> tuple
 # %% ../nbs/10g_claims.ipynb #claims-011
 def resumed(stops: tuple[int, ...] = STOPS) -> list[dict[str, Any]]:
     """Rows of library, stop, forgotten, and gap: how far losses after the stop are from those of a run that
-    was not stopped, at most, in nats; last for each library, of a second such run. ValueError for a stop after which fewer than two steps are left: the
-    first one's loss does not depend on the optimizer.
+    was not stopped, at most, in nats; last for each library, of a second such run. All in one process.
+    ValueError for a stop after which fewer than two steps are left: the first one's loss does not depend on
+    the optimizer.
     """
     rows = []
     for stop in stops:
@@ -163,18 +164,21 @@ def resumed(stops: tuple[int, ...] = STOPS) -> list[dict[str, Any]]:
 
 
 def of_resumed(rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """Verdict and reason, from resumed()'s rows. The same losses: equal within rounding, or to a hundredth of
-    the least that forgetting something changes.
+    """Verdict and reason, from resumed()'s rows. The same losses: equal within rounding, or no further off than
+    two runs that were not stopped, if that is less than a hundredth of what forgetting something changes.
     """
-    gaps = {x: [r["gap"] for r in rows if r["forgotten"] == x] for x in FORGOTTEN}
-    same = max(SAME, min(min(gaps[x]) for x in FORGOTTEN[1:])/100)
+    gaps = {x: [r["gap"] for r in rows if r["forgotten"] == x] for x in (*FORGOTTEN, NOT_STOPPED)}
+    least = min(min(gaps[x]) for x in FORGOTTEN[1:])
+    same = max(SAME, min(max(gaps[NOT_STOPPED], default=0.0), least/100))
     needed = [x for x in FORGOTTEN[1:] if min(gaps[x]) > same]
     verdict = ("false" if max(gaps[FORGOTTEN[0]]) > same else
                ONLY + " and ".join(needed) + " are kept with the weights" if needed else "holds")
-    said = "; without ".join(f"{x.replace('nothing', 'all kept')} {max(gap):.1g}" for x, gap in gaps.items())
+    said = "; without ".join(f"{x.replace('nothing', 'all kept')} {max(gaps[x]):.1g}" for x in FORGOTTEN)
+    again = f"; two unstopped runs {max(gaps[NOT_STOPPED]):.1g}" if gaps[NOT_STOPPED] else ""
     stops = ", ".join(map(str, sorted({r["stop"] for r in rows if r["forgotten"] in FORGOTTEN})))
-    return verdict, (f"Stopped after {stops} of {STEPS} steps, in PyTorch and JAX; losses after that are off an "
-                     f"unstopped run's by at most, in nats: {said}.")
+    return verdict, (f"Stopped after {stops} of {STEPS} steps and gone on with in the same process, in PyTorch "
+                     "and JAX; losses after that are off an unstopped run's by at most, in nats: "
+                     f"{said}{again}.")
 
 
 def findings() -> list[dict[str, str]]:
@@ -319,8 +323,14 @@ def measured_parts(file: dict[str, Any]) -> set[str]:
             if not {"error", "unfinished"} & part.keys() and any(map(ran, part.get("rows", [True])))}
 
 
+def begun(module: str, part: str, device: str = "h100") -> int:
+    """How many rows the committed file has of a part that was begun and not finished; 0 for all others."""
+    found = (stored(f"{module}_{device}") or {}).get(part, {})
+    return len(found["rows"]) if "unfinished" in found else 0
+
+
 def waiting(device: str = "h100") -> dict[str, list[str]]:
-    """{module: parts that its command measures and that the committed file of a device has not}."""
+    """{module: parts that its command measures and that a device's committed file has not, or not in full}."""
     return {module: late for module, parts in PARTS.items()
             if (late := [p for p in parts if p not in measured_parts(stored(f"{module}_{device}") or {})])}
 

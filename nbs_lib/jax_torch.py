@@ -421,14 +421,15 @@ def measure(parts: dict[str, Callable[[], Any]], out: Path, module: str) -> dict
     return found
 
 
-def measurements(name: str = "jax_torch") -> dict[str, dict[str, Any]]:
+def measurements(name: str = "jax_torch", unfinished: bool = False) -> dict[str, dict[str, Any]]:
     """The committed measurements of a module by device, {"cpu": …, "h100": …}, as far as there are any; parts
-    that failed, or were cut, are left out.
+    that failed are left out, and those that were cut, unless unfinished ones are asked for, too.
     """
     found = {}
     for kind in ("cpu", "h100"):
         if parts := stored(f"{name}_{kind}"):
-            found[kind] = {part: x for part, x in parts.items() if "rows" in x and "unfinished" not in x}
+            found[kind] = {part: x for part, x in parts.items()
+                           if "rows" in x and (unfinished or "unfinished" not in x)}
     return found
 
 # %% ../nbs/10_jax_torch.ipynb #jaxtorch-045

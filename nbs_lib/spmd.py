@@ -425,9 +425,14 @@ def speed_findings(data: dict) -> list[dict]:
             ratio = row["tokens/s"]/twins[best]
             claim = f"a JAX step over several GPUs is as fast as PyTorch's ({model}, {ours[4:]})"
             because = (f"{row['tokens/s']:,.0f} tokens/s on {row['devices']} GPUs, {ratio:.2f} times "
-                       f"PyTorch's best ({best}).")
-            if "bytes" in row and "bytes" in found[model, best]:
-                held = [r["bytes"]/2**30 for r in (row, found[model, best])]
-                because = f"{because[:-1]}; {held[0]:.1f} GiB a GPU instead of {held[1]:.1f}."
+                       f"PyTorch's best ({best})")
+            if all("bytes" in found[model, w] for w in (ours, *both)):
+                held = [f"{found[model, w]['bytes']/2**30:.1f}" for w in (ours, *both)]
+                because += (f"; planned are {held[0]} GiB a GPU, PyTorch's took "
+                            + " and ".join(f"{x} ({w})" for x, w in zip(held[1:], both)))
+            added = {r[1] for r in row.get("found", []) if r[0] in ("all-reduce", "reduce-scatter")}
+            if "bf16" in added:
+                because += "; JAX adds gradients in bf16, PyTorch in fp32"
+            because += "."
             out.append(_finding(data, "jax", claim, "holds" if ratio >= 0.95 else "false", because))
     return out

@@ -32,7 +32,7 @@ from .gpt import batches, text
 
 # %% auto #0
 __all__ = ['KINDS', 'DOCS', 'ONLY', 'EXPERIMENTS', 'like', 'carried', 'torch_transforms', 'plain_sdpa', 'jax_transforms',
-           'matmul_flops', 'torch_flops', 'Bite', 'outcome', 'here', 'same', 'seconds', 'waiting', 'timings',
+           'matmul_flops', 'torch_flops', 'Bite', 'outcome', 'here', 'same', 'seconds', 'waiting', 'timings', 'beside',
            'findings', 'two_draws', 'draw_between', 'wide_integers', 'sums', 'promotion', 'products', 'assignment',
            'view', 'donated', 'shared', 'read_outside', 'write_outside', 'ignored_label', 'division', 'last_batch',
            'at_once', 'layout', 'decay', 'bites', 'main']
@@ -174,8 +174,9 @@ def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
 # %% ../nbs/10e_transforms.ipynb #transforms-020
 def timings(config: LlamaConfig, batch: int, seq: int, rounds: int = 7,
             compiled: bool = False) -> Iterator[dict[str, Any]]:
-    """Milliseconds of each transform, a row as it is measured: torch.func as it comes (plain attention in all, so that all work), the
-    same under torch.compile if asked for, jax.jit, and a Python loop over the examples beside vmap. fp32.
+    """Milliseconds of each transform, a row as it is measured: torch.func as it comes (plain attention in
+    all, so that all work), the same under torch.compile if asked for, jax.jit, and a Python loop over the
+    examples beside vmap. fp32.
     """
     torch.manual_seed(0)
     model, (ids, targets) = Llama(config).to(device()), next(batches(text(), batch, seq))
@@ -205,28 +206,37 @@ def timings(config: LlamaConfig, batch: int, seq: int, rounds: int = 7,
 ONLY = {"torch": "only when PyTorch runs operation by operation", "jax": "only when JAX compiles it"}
 
 
+def beside(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+    """In words: how many times as long as JAX's compiled ones these rows' transforms take."""
+    ratios = [r[f"{name} ms"]/r["jax ms"] for r in rows]
+    return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f} times as long as JAX's"
+
+
 def findings() -> list[dict[str, str]]:
     """What the measurements say of torch.func beside JAX's transforms, on each device measured."""
     found = []
-    for parts in measurements("transforms").values():
-        if "timings" not in parts: continue
+    for parts in measurements("transforms", unfinished=True).values():
+        if "timings" not in parts or "unfinished" in parts["timings"]: continue
         p = parts["timings"]["provenance"]
         rows = {r["transform"]: r for r in parts["timings"]["rows"]}
         done = [k for k in KINDS if "torch ms" in rows[k] and "jax ms" in rows[k]]
-        ratios = [rows[k]["torch ms"]/rows[k]["jax ms"] for k in done]
+        fair = [r for r in parts.get("compiled", {}).get("rows", [])
+                if {"torch, compiled ms", "jax ms"} <= r.keys()]
+        said = (f"and by torch.compile, measured for {len(fair)} of them, {beside(fair, 'torch, compiled', 2)}"
+                if fair else "by torch.compile not measured")
         verdict = "false" if len(done) == len(KINDS) else "only when PyTorch has no rule for an operation"
         found.append(finding("Functional transforms are what only JAX has", verdict,
                              f"torch.func does {len(done)} of {len(KINDS)} on the same model by the same "
-                             f"products, and takes {min(ratios):.1f} to {max(ratios):.1f} times as long as "
-                             "JAX's compiled ones, uncompiled and with plain attention.", p))
+                             f"products, with plain attention; uncompiled it takes "
+                             f"{beside([rows[k] for k in done], 'torch', 1)} by jit, {said}.", p))
         row = rows["per example"]
         if "torch, loop ms" in row and "jax, loop ms" in row:
             gains = {n: row[f"{n}, loop ms"]/row[f"{n} ms"] for n in ("torch", "jax")}
             verdict = ("holds" if min(gains.values()) > 1.1 else "false" if max(gains.values()) < 1.1
                        else ONLY[max(gains, key=gains.get)])
             found.append(finding("vmap makes per-example gradients faster than a loop does", verdict,
-                                 f"The loop takes {gains['torch']:.1f} times as long in PyTorch and "
-                                 f"{gains['jax']:.1f} times in JAX.", p))
+                                 f"A Python loop takes {gains['torch']:.1f} times as long in PyTorch, eager, "
+                                 f"and {gains['jax']:.1f} times in JAX, with a jitted gradient.", p))
     return found
 
 # %% ../nbs/10e_transforms.ipynb #transforms-026

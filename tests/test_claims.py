@@ -195,6 +195,13 @@ def test_the_parts_are_those_of_the_commands(capsys):
         assert set(re.search(r"--part \{([\w,]+)\}", capsys.readouterr().out)[1].split(",")) == set(PARTS[module])
 
 
+def test_a_part_that_was_cut_is_on_the_list_with_its_rows(monkeypatch):
+    file = {"timings": {"rows": [1]}, "compiled": {"rows": [1, 2], "unfinished": True}}
+    monkeypatch.setattr(claims, "stored", lambda name: file if name == "transforms_h100" else None)
+    assert waiting()["transforms"] == ["bites", "compiled"] and waiting()["adapters"] == list(PARTS["adapters"])
+    assert [claims.begun("transforms", p) for p in PARTS["transforms"]] == [0, 0, 2] and claims.begun("adapters", "cost") == 0
+
+
 def test_committed_files_have_only_parts_that_are_known():
     for module, parts in PARTS.items():
         for kind in ("cpu", "h100"):
@@ -207,8 +214,11 @@ def test_a_stopped_training_needs_the_optimizer_and_the_place():
     for r in rows: assert (r["gap"] == 0) == r["forgotten"].startswith("nothing"), r
     off = [{**r, "gap": r["gap"] or 1e-5} for r in rows]                    # as TF32 on a GPU: rounding, beside what forgetting costs
     assert of_resumed(off)[0] == of_resumed(rows)[0]
+    assert "two unstopped runs 1e-05" in of_resumed(off)[1] and "unstopped runs" not in of_resumed([r for r in rows if r["forgotten"] in FORGOTTEN])[1]
+    off = [{**r, "gap": r["gap"] or (1e-5 if r["forgotten"] == "nothing" else 0.0)} for r in rows]
+    assert of_resumed(off)[0] == "false"                                    # unstopped runs agree, so it is the stop
     off = [{**r, "gap": r["gap"] or 0.1} for r in rows]
-    assert of_resumed(off)[0] == "false"
+    assert of_resumed(off)[0] == "false"                                    # nothing can be told from runs that differ by so much
     assert of_resumed(rows)[0] == "only when the optimizer's state and the place in the data are kept with the weights"
     kept = claims.in_torch(b"", 0, 3)[1]
     assert isinstance(kept, bytes) and claims.in_torch(kept, 3, 5)[0] == claims.in_torch(b"", 0, 5)[0][3:]

@@ -250,6 +250,7 @@ def test_a_part_that_yields_is_in_the_file_row_by_row(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["slow"]["rows"] == [0, 1, 2] and "unfinished" not in json.loads(out.read_text())["slow"]
     monkeypatch.setattr(jax_torch, "stored", lambda name: {"slow": seen[0], "done": {"rows": [1]}} if name == "x_cpu" else None)
     assert list(jax_torch.measurements("x")["cpu"]) == ["done"]                       # what was cut is no result
+    assert "done" in jax_torch.measurements("x", unfinished=True)["cpu"] and len(jax_torch.measurements("x", unfinished=True)["cpu"]) == 2    # unless asked for
 
 
 def test_a_file_that_is_none_of_ours_stays_as_it_is(tmp_path):

@@ -294,6 +294,11 @@ def test_findings_follow_from_the_rows(monkeypatch):
     programs[0]["apart"], programs[0]["found"][0][-1], speeds[0]["tokens/s"] = 1.0, 14, 99.0
     first, cheapest, speed = spmd.findings()
     assert (first["verdict"], cheapest["verdict"], speed["verdict"]) == ("false", "false", "holds") and "1.75" in cheapest["because"]
+    assert "GiB" not in speed["because"] and "bf16" not in speed["because"]
+    for r, n in zip(speeds, (3, 5, 2)): r["bytes"] = n*2**30
+    speeds[0]["found"] = [["all-reduce", "bf16", 2, 1, 8, 8]]
+    *_, speed = spmd.findings()
+    assert "planned are 3.0 GiB a GPU, PyTorch's took 5.0 (ddp) and 2.0 (ddp compiled); JAX adds gradients in bf16" in speed["because"]
     monkeypatch.setattr(spmd, "measured", lambda device: None)
     assert spmd.findings() == []
 

@@ -161,3 +161,18 @@ def test_findings_come_from_the_committed_rows():
     for f in findings():
         assert f.keys() == {"claim", "verdict", "because", "versions", "device"}
         assert f["verdict"] in ("holds", "false", "no longer") or f["verdict"].startswith("only when")
+
+
+def test_compiled_rows_are_told_as_far_as_there_are_any(monkeypatch):
+    rows = [{"transform": k, "torch ms": 3.0, "jax ms": 1.0} for k in KINDS]
+    parts = {"timings": {"rows": rows, "provenance": {"device": "x"}}}
+    monkeypatch.setattr(transforms, "measurements", lambda name, unfinished: {"h100": parts})
+    alone, = findings()
+    assert alone["verdict"] == "false" and "3.0 to 3.0 times" in alone["because"] and "by torch.compile not measured" in alone["because"]
+    parts["compiled"] = {"rows": [rows[0] | {"torch, compiled ms": 0.9}, rows[1] | {"torch, compiled ms": 1.25}, rows[2] | {"torch, compiled error": "no"}],
+                         "unfinished": True}
+    assert "by torch.compile, measured for 2 of them, 0.90 to 1.25 times as long" in findings()[0]["because"]
+    del rows[3]["torch ms"]
+    assert findings()[0]["verdict"].startswith("only when") and "5 of 6" in findings()[0]["because"]
+    parts["timings"]["unfinished"] = True
+    assert findings() == []
