@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,11 @@ from .course.provenance import provenance
 from .kernels import rising
 
 # %% auto #0
-__all__ = ['all_gather_into', 'reduce_scatter_into', 'DEVICE', 'SUMS', 'OPS', 'Wire', 'exchange', 'need_group', 'here', 'ready',
-           'alike', 'chunks', 'reduce_scatter', 'all_gather', 'all_reduce', 'ring_picture', 'ring_sum', 'sum_bound',
-           'broadcast', 'pipelined_broadcast', 'tree_all_reduce', 'bytes_sent', 'in_a_row', 'best_pieces',
-           'collective_seconds', 'crossover', 'measured_link', 'call_seconds', 'measure_ours', 'difference', 'main']
+__all__ = ['all_gather_into', 'reduce_scatter_into', 'DEVICE', 'SUMS', 'OPS', 'RING', 'Wire', 'exchange', 'need_group', 'here',
+           'ready', 'alike', 'chunks', 'reduce_scatter', 'all_gather', 'all_reduce', 'ring_picture', 'ring_sum',
+           'sum_bound', 'broadcast', 'pipelined_broadcast', 'tree_all_reduce', 'bytes_sent', 'in_a_row', 'best_pieces',
+           'collective_seconds', 'crossover', 'measured_link', 'call_seconds', 'whole_parts', 'both_calls',
+           'measure_ours', 'difference', 'main']
 
 # %% ../nbs/05b_collectives.ipynb #coll-005
 _wires: list[Wire] = []             # those that count now
@@ -411,52 +412,86 @@ def call_seconds(call: Callable[[], Any], device: torch.device, calls: int) -> f
     return start.elapsed_time(end)/1e3/calls
 
 # %% ../nbs/05b_collectives.ipynb #coll-054
-def measure_ours(sizes: Sequence[int] = tuple(2**k for k in range(12, 31, 2)),
-                 dtype: torch.dtype = torch.float32,
-                 rounds: int = 5) -> list[dict[str, Any]]:
-    """Time all_reduce and torch's on this rank's device; all ranks call it. Rows: bytes, seconds of ours and
-    of torch's (the slowest rank's, median of rounds that take turns), off: their largest difference over 2 ×
-    sum_bound (must be ≤ 1; 0: equal), and provenance.
+RING = ("all_reduce", "all_gather", "reduce_scatter")       # those that are timed
 
-    Raises ValueError for a size that is no positive multiple of the dtype's, and without a process group.
+
+def whole_parts(n: int, dtype: torch.dtype) -> int:
+    """How many numbers of n bytes the ranks can divide evenly: torch's calls take equal parts only."""
+    ranks = dist.get_world_size()
+    return n//dtype.itemsize//ranks*ranks
+
+
+def both_calls(op: str, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """This chapter's call and torch's over a whole tensor x; each returns its result. This chapter's work in
+    place, torch's only in the all-reduce.
+    """
+    part = x.view(dist.get_world_size(), -1)[dist.get_rank()].clone()
+    out = torch.empty_like(x if op == "all_gather" else part)
+
+    def theirs() -> Tensor:
+        if op == "all_reduce": dist.all_reduce(x)
+        elif op == "all_gather": all_gather_into(out, part)
+        else: reduce_scatter_into(out, x)
+        return x if op == "all_reduce" else out
+    mine = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter}[op]
+    return lambda: mine(x), theirs
+
+
+def measure_ours(sizes: Sequence[int] = tuple(2**k for k in range(12, 31, 2)), ops: Sequence[str] = RING,
+                 dtype: torch.dtype = torch.bfloat16, rounds: int = 5) -> Iterator[dict[str, Any]]:
+    """Time the ring's collectives (some of RING) and torch's on this rank's device; all ranks call it, and go
+    through its rows: op, bytes, seconds of ours and of torch's (the slowest rank's, median of rounds that
+    take turns), off: how far apart they are, see difference(), and provenance.
+
+    Raises ValueError for an unknown op, for a size that is no multiple of the dtype's or too small for a
+    number a rank, and without a process group.
     """
     need_group()
     for n in sizes:
-        if n < 1 or n % dtype.itemsize:
-            raise ValueError(f"sizes has {n}; accepted are multiples of {dtype.itemsize} bytes.")
-    ranks, backend, device = dist.get_world_size(), dist.get_backend(), here()
-    about = {"ranks": ranks, "backend": backend, "dtype": str(dtype)[6:],
+        if n % dtype.itemsize or not whole_parts(n, dtype):
+            raise ValueError(f"sizes has {n}; accepted are multiples of {dtype.itemsize} bytes, "
+                             f"{dist.get_world_size()*dtype.itemsize} or more.")
+    for op in ops:
+        if op not in RING: raise ValueError(f"ops has {op!r}; accepted are {', '.join(RING)}.")
+    return _rows(sizes, ops, dtype, rounds)
+
+
+# %% ../nbs/05b_collectives.ipynb #coll-154
+def _rows(sizes: Sequence[int], ops: Sequence[str], dtype: torch.dtype,
+          rounds: int) -> Iterator[dict[str, Any]]:
+    ranks, device = dist.get_world_size(), here()
+    about = {"ranks": ranks, "backend": dist.get_backend(), "dtype": str(dtype)[6:],
              **provenance(f"torchrun --nproc-per-node {ranks} -m nbs_lib.collectives")}
-    rows = []
     for n in sizes:
-        off = difference(n//dtype.itemsize, dtype, device)
-        x = torch.zeros(n//dtype.itemsize, dtype=dtype, device=device)
-        both, times = (lambda: all_reduce(x), lambda: dist.all_reduce(x)), ([], [])
-        for call in both: call_seconds(call, device, 3)
         calls = max(3, min(20, 2**28//n))
-        for _ in range(rounds):
-            for call, found in zip(both, times): found.append(call_seconds(call, device, calls))
-        slowest = torch.tensor([statistics.median(found) for found in times], dtype=torch.float64,
-                               device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        ours, theirs = slowest.tolist()
-        rows.append({"op": "all_reduce", "bytes": n, "ours": ours, "torch's": theirs, "off": off, **about})
-    return rows
+        for op in ops:
+            off = difference(op, n, dtype, device)
+            both = both_calls(op, torch.zeros(whole_parts(n, dtype), dtype=dtype, device=device))
+            times: tuple[list, list] = ([], [])
+            for call in both: call_seconds(call, device, 3)
+            for _ in range(rounds):
+                for call, found in zip(both, times): found.append(call_seconds(call, device, calls))
+            slowest = torch.tensor([statistics.median(found) for found in times], dtype=torch.float64,
+                                   device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            ours, theirs = slowest.tolist()
+            yield {"op": op, "bytes": n, "ours": ours, "torch's": theirs, "off": off, **about}
+
 
 # %% ../nbs/05b_collectives.ipynb #coll-055
-def difference(n: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference between all_reduce and torch's over n random numbers a rank, as a share of 2 ×
-    sum_bound.
+def difference(op: str, n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference between this chapter's collective and torch's over n bytes of random numbers on
+    each rank. 0: equal. Sums: as a share of 2 × sum_bound, so at most 1; a gather must be equal.
     """
     generator = torch.Generator().manual_seed(0)
     seeds = torch.randint(2**31, (dist.get_world_size(),), generator=generator).tolist()
-    m = min(n, 2**20)                                   # enough to compare
+    m = whole_parts(min(n, 2**20*dtype.itemsize), dtype)           # enough to compare
     xs = [torch.randn(m, generator=torch.Generator().manual_seed(s)).to(device, dtype) for s in seeds]
-    ours, theirs = xs[dist.get_rank()].clone(), xs[dist.get_rank()].clone()
-    all_reduce(ours)
-    dist.all_reduce(theirs)
-    off = (ours.double() - theirs.double()).abs()
-    return (off/(2*sum_bound(xs)).clamp_min(5e-324)).max().item()
+    ours, theirs = (both_calls(op, xs[dist.get_rank()].clone())[k]().double() for k in (0, 1))
+    bound = torch.zeros_like(ours) if op == "all_gather" else 2*sum_bound(xs)
+    if op == "reduce_scatter": bound = bound.view(dist.get_world_size(), -1)[dist.get_rank()]
+    return ((ours - theirs).abs()/bound.clamp_min(5e-324)).max().item()
+
 
 # %% ../nbs/05b_collectives.ipynb #coll-056
 def main() -> None:
@@ -464,9 +499,10 @@ def main() -> None:
     rank 0.
     """
     parser = argparse.ArgumentParser(prog="torchrun … -m nbs_lib.collectives",
-                                     description="Time the ring all-reduce beside torch's.")
+                                     description="Time the ring's collectives beside torch's.")
     parser.add_argument("--largest", type=int, default=30,
                         help="the largest tensor has 2**LARGEST bytes (default: 30)")
+    parser.add_argument("--ops", nargs="+", choices=RING, default=RING, help="only these (default: all)")
     parser.add_argument("--out", help="also append the rows to this file")
     given = parser.parse_args()
     if "RANK" not in os.environ: parser.error("start it with torchrun, which tells each process its rank.")
@@ -475,7 +511,8 @@ def main() -> None:
     if cuda: torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
     try:
-        lines = [json.dumps(row) for row in measure_ours([2**k for k in range(12, given.largest + 1, 2)])]
+        rows = measure_ours([2**k for k in range(12, given.largest + 1, 2)], given.ops)
+        lines = [json.dumps(row) for row in rows]
         if dist.get_rank() == 0:
             print(*lines, sep="\n")
             if given.out:

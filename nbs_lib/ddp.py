@@ -356,25 +356,29 @@ class RecordedReducer(Reducer):
 
 # %% ../nbs/05_ddp.ipynb #ddp-103
 @cache
-def scaling() -> dict[str, Any]:
-    """What nbs_lib.course.scaling measured on H100s: {"provenance", "models", "rows"}."""
-    return stored("scaling_h100")
+def scaling(strong: bool = False) -> dict[str, Any]:
+    """What nbs_lib.course.scaling measured on H100s: {"provenance", "models", "rows"}; strong: where one GPU's
+    batch was divided among the ranks.
+    """
+    return stored("scaling_strong_h100" if strong else "scaling_h100")
 
 
 @cache
-def measured() -> dict[tuple[str, str, int], dict[str, Any]]:
+def measured(strong: bool = False) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Its rows by (model, way, ranks), each with seconds (of a step, the median of all rounds), rate (tokens
     per second of all ranks), linear (rate over ranks × one GPU's) and, for the course's own, twin (over
     PyTorch's).
     """
-    rows = {(r["model"], r["way"], r["ranks"]): dict(r) for r in scaling()["rows"] if "rounds" in r}
+    found = scaling(strong)
+    rows = {(r["model"], r["way"], r["ranks"]): dict(r) for r in found["rows"] if "rounds" in r}
     for (model, _, ranks), r in rows.items():
         r["seconds"] = statistics.median(s for part in r["rounds"] for s in part)
-        r["rate"] = ranks*r["batch"]*GPTConfig(**scaling()["models"][model]).context/r["seconds"]
+        r["rate"] = ranks*r["batch"]*GPTConfig(**found["models"][model]).context/r["seconds"]
     for (model, way, ranks), r in rows.items():
         r["linear"] = r["rate"]/ranks/rows[model, "single", 1]["rate"]
         if way in OURS: r["twin"] = r["rate"]/rows[model, OURS[way], ranks]["rate"]
     return rows
+
 
 # %% ../nbs/05_ddp.ipynb #ddp-110
 def kernels_of(row: dict[str, Any]) -> Record:

@@ -130,7 +130,9 @@ def refused(what: str) -> str:
         "negative source": lambda: c.pipelined_broadcast(x, 2, source=-1),
         "pieces": lambda: c.pipelined_broadcast(x, 0),
         "group": lambda: c.all_gather(x, GROUPS[0, 1] if dist.get_rank() > 1 else GROUPS[2, 3]),
-        "sizes": lambda: c.measure_ours([6]),
+        "sizes": lambda: c.measure_ours([5]),
+        "too small": lambda: c.measure_ours([RANKS*2 - 2]),
+        "ops": lambda: c.measure_ours([64], ["broadcast"]),
         "alike": lambda: c.alike(torch.zeros(2 + dist.get_rank() % 2)),
     }
     try:
@@ -222,7 +224,7 @@ def test_any_dtype_in_place(world):
     ("not a tensor", "x is [1.0]; accepted is a tensor"), ("strides", "strides (1, 6); accepted are contiguous"), ("device", "x is on meta; accepted are cpu tensors"),
     ("max", "accepted is 'sum'"), ("mean", "op is 'mean'"), ("bool", "dtype torch.bool; accepted for sums are float64"), ("float8", "float8_e4m3fn"),
     ("source", "source is 4; accepted are the group's ranks, 0 to 3"), ("negative source", "source is -1"), ("pieces", "pieces is 0"),
-    ("group", "group does not contain this rank"), ("sizes", "sizes has 6"), ("alike", "rank 0 has (2,) of float32, rank 1 has (3,) of float32")])
+    ("group", "group does not contain this rank"), ("sizes", "sizes has 5"), ("too small", f"2 bytes, {RANKS*2} or more"), ("ops", "ops has 'broadcast'"), ("alike", "rank 0 has (2,) of float32, rank 1 has (3,) of float32")])
 def test_refused(world, what, words):
     for said in world.run(refused, what):
         assert words in said
@@ -253,13 +255,13 @@ def test_sizes_that_differ_do_not_hang():
 
 
 def test_torchrun_times_it(tmp_path):
-    """The benchmark's own command, on two CPU ranks: a row a size, with provenance and a check; no time is asserted."""
+    """The benchmark's own command, on two CPU ranks: a row for each operation and size, with provenance and a check; no time is asserted."""
     out = tmp_path / "rows.jsonl"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nbs_lib.collectives", "--largest", "14", "--out", out],
                           env={**environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=90)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["bytes"] for row in rows] == [2**12, 2**14]
+    assert [(row["op"], row["bytes"]) for row in rows] == [(op, n) for n in (2**12, 2**14) for op in c.RING]
     assert all(row["off"] == 0 and row["ours"] > 0 and row["torch's"] > 0 and row["backend"] == "gloo" and row["ranks"] == 2 for row in rows)
     assert all({"device", "torch", "date", "command", "dtype"} <= set(row) for row in rows)
 
@@ -331,10 +333,13 @@ def test_bound_can_be_reached_and_not_left():
 
 
 def test_stored_rows_of_two_gpus():
-    """The ring is NCCL's equal to the bit, and near it in time where bytes rule; not where calls do. Nothing is timed here."""
+    """The rings are NCCL's equal to the bit, and near it in time where bytes rule; not where calls do. Nothing is timed here."""
     rows = [json.loads(line) for line in (files("nbs_lib")/"data"/"collectives_h100.jsonl").read_text().splitlines()]
-    assert [r["bytes"] for r in rows] == [2**k for k in range(12, 31, 2)] and all(r["off"] == 0 and r["ranks"] == 2 for r in rows)
-    slower = [r["ours"]/r["torch's"] for r in rows]
-    assert min(slower[:5]) > 5 and slower[-1] < 1.2 and slower[5:] == sorted(slower[5:], reverse=True)
-    own = c.measured_link("all_reduce", [[r["bytes"], r["ours"]] for r in rows], 2)
-    assert all(abs(c.collective_seconds("all_reduce", r["bytes"], 2, *own)/r["ours"] - 1) < 0.1 for r in rows if r["bytes"] >= 2**20)
+    assert {(r["op"], r["bytes"]) for r in rows} == {(op, 2**k) for op in c.RING for k in range(12, 31, 2)} and len(rows) == 30
+    assert all(r["off"] == 0 and r["ranks"] == 2 and r["dtype"] == "bfloat16" for r in rows)
+    for op in c.RING:
+        found = sorted((r["bytes"], r["ours"], r["torch's"]) for r in rows if r["op"] == op)
+        slower = [ours/theirs for _, ours, theirs in found]
+        assert min(slower[:5]) > 3 and slower[-1] < 1.2 and slower[5:] == sorted(slower[5:], reverse=True)
+        own = c.measured_link(op, [[n, ours] for n, ours, _ in found], 2)
+        assert all(abs(c.collective_seconds(op, n, 2, *own)/ours - 1) < 0.5 for n, ours, _ in found)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from nbs_lib import collectives
-from nbs_lib.ddp import DDP, Bucket, MiB, assign, kernels_of, measured, shard_batch, trained
+from nbs_lib.course.scaling import OURS
+from nbs_lib.ddp import DDP, Bucket, MiB, assign, kernels_of, measured, scaling, shard_batch, trained
 from nbs_lib.gpt import GPT, GPTConfig, batches, text
 from nbs_lib.memory import rounded, train_memory
 from nbs_lib.records import Record, overlapped, spans
@@ -464,6 +465,19 @@ def test_stored_steps_keep_up_with_torchs():
         assert r["losses"][0] == theirs["losses"][0]
         assert all(abs(a/b - 1) < 1e-3 for a, b in zip(r["losses"], theirs["losses"]))
         assert 0.85 < r["linear"] < 1
+
+
+def test_stored_strong_scaling_divides_one_gpus_batch():
+    """The same models, half of one GPU's batch on each of two; what was predicted stands beside it, and the kernels' time in place of the kernels."""
+    weak, strong = measured(), measured(strong=True)
+    assert {key for key in strong} == {key for key in weak if key[2] <= 2}
+    for (model, way, n), r in strong.items():
+        assert r["batch"]*n == weak[model, "single", 1]["batch"] and len(r["rounds"]) == 2 and "spans" not in r and 0 < r["computing"]
+        assert ("told" in r) == (n == 2) and 0.4 < r["linear"] <= 1 and ("twin" in r) == (way in OURS)
+        if n == 2:
+            assert r["peak"] < weak[model, way, n]["peak"] and 0.6 < r["told"] < 0.9
+    again = {r["way"]: r for r in scaling(strong=True)["again"]}
+    assert set(again) == {way for m, way, n in strong if m == "124m" and n == 2} and all(len(r["rounds"]) == 2 for r in again.values())
 
 
 def test_stored_kernels_overlap():

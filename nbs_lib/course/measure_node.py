@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from ..hardware import detect_why, gpu
 from ..kernels import card
 from ..memory import capacity, train_memory
 from ..roofline import train_time
 from . import measure, processes
-from .provenance import command_line, provenance
+from .provenance import command_line
 from .scaling import MODELS
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter")
@@ -33,6 +32,7 @@ SHAPES = (dict(model="llama-3.2-1b", batch=2, seq=1024), dict(model="llama-3-8b"
 STRATEGY = {"ddp": "ddp", "torch ddp": "ddp", "fsdp FULL_SHARD": "full_shard", "fsdp2 reshard": "full_shard", "fsdp SHARD_GRAD_OP": "shard_grad_op", "fsdp2 keep": "shard_grad_op",
          "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 SHARES = {"collectives": 0.15, "strategies": 0.45, "scaling": 0.2, "strong": 0.2}  # of the time
+GRACE = 60  # seconds that scaling may take to end by itself what it has begun
 
 
 def strategies(gpus: int) -> list[dict[str, Any]]:
@@ -74,20 +74,26 @@ def modelled(name: str, strategy: str, gpus: int, strong: bool = False) -> float
     return rate(batch//gpus if strong else batch, strategy=strategy, world_size=gpus)/rate(batch)
 
 
-def measured_shares(gpus: int) -> dict[tuple[str, str], float]:
+def measured_shares(gpus: int, strong: bool = False) -> dict[tuple[str, str], float]:
     """The share of linear scaling that was measured on so many H100s, by (model, way)."""
     from ..ddp import measured
 
-    return {(model, way): r["linear"] for (model, way, ranks), r in measured().items() if ranks == gpus}
+    return {(model, way): r["linear"] for (model, way, ranks), r in measured(strong).items() if ranks == gpus}
 
 
 def scaled(gpus: int) -> list[dict[str, Any]]:
     """The predicted share of linear scaling of each way: what was measured on two GPUs, carried on by what chapter 4's model says of so many against two.
 
     The model alone knows transformers' GPT-2 and not the course's GPT, whose casts and kernels take another share; from two GPUs on, what changes is communication.
+    Strong scaling: on two GPUs as it was predicted from weak scaling before it was measured (chapter 6b: it was far off), on more from what two were measured to do.
     """
-    return [dict(model=model, way=way, gpus=n, strong=strong, share=share*more/modelled(model, STRATEGY[way], 2)) for (model, way), share in measured_shares(2).items() for n in worlds(gpus)
-            for strong in (False, True) if (strong or n > 2) and (more := modelled(model, STRATEGY[way], n, strong)) is not None]
+    out = []
+    for n, strong in [(n, strong) for n in worlds(gpus) for strong in (False, True) if strong or n > 2]:
+        known = strong and n > 2
+        for (model, way), share in measured_shares(2, known).items():
+            if (more := modelled(model, STRATEGY[way], n, strong)) is not None:
+                out.append(dict(model=model, way=way, gpus=n, strong=strong, share=share*more/modelled(model, STRATEGY[way], 2, known)))
+    return out
 
 
 def predictions(gpus: int, rehearse: bool = False) -> dict[str, Any]:
@@ -108,71 +114,21 @@ def worlds(gpus: int) -> list[int]:
 
 # --- collectives: on each rank ----------------------------------------------------------------------------------------------------
 
-def collective_rows(sizes: list[int], rounds: int = 5) -> Iterator[dict[str, Any]]:
-    """On each rank of a group: seconds of the course's collective and of torch's, the slowest rank's, for each op and size in bf16; `off`: their largest difference on small whole numbers, which is 0."""
-    import torch
-    import torch.distributed as dist
-
-    from .. import collectives as ours
-
-    device, ranks, rank = ours.here(), dist.get_world_size(), dist.get_rank()
-    for n in sizes:
-        whole = torch.arange(n//2//ranks*ranks, device=device).remainder(7).add(rank).to(torch.bfloat16)  # whole numbers up to 7 + ranks: sums are exact
-        part = whole.view(ranks, -1)[rank].clone()
-        into, out = torch.empty_like(whole), torch.empty_like(part)
-        calls = {"all_reduce": (lambda: ours.all_reduce(whole), lambda: dist.all_reduce(whole)),
-                 "all_gather": (lambda: ours.all_gather(whole), lambda: dist.all_gather_into_tensor(into, part)),
-                 "reduce_scatter": (lambda: ours.reduce_scatter(whole), lambda: dist.reduce_scatter_tensor(out, whole))}
-        apart = {op: _difference(op, whole.clone(), part) for op in calls}
-        for op, both in calls.items():
-            times: tuple[list, list] = ([], [])
-            for call in both:
-                ours.call_seconds(call, device, 2)
-            for _ in range(rounds):
-                for call, found in zip(both, times):
-                    whole.fill_(0)  # sums that grow from call to call would overflow
-                    found.append(ours.call_seconds(call, device, max(3, min(20, 2**28//n))))
-            slowest = torch.tensor([statistics.median(x) for x in times], dtype=torch.float64, device=device)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            mine, torchs = slowest.tolist()
-            yield {"op": op, "bytes": n, "ours": mine, "torch's": torchs, "off": apart[op], "ranks": ranks, "backend": dist.get_backend(), "dtype": "bfloat16"}
-
-
-def _difference(op: str, whole: Any, part: Any) -> float:
-    """The largest difference between what the course's collective and torch's make of the same numbers."""
-    import torch
-    import torch.distributed as dist
-
-    from .. import collectives as ours
-
-    theirs = whole.clone()
-    if op == "all_reduce":
-        dist.all_reduce(theirs)
-        mine = ours.all_reduce(whole)
-    elif op == "all_gather":
-        dist.all_gather_into_tensor(theirs, part)
-        mine = ours.all_gather(whole)
-    else:
-        theirs = torch.empty_like(part)
-        dist.reduce_scatter_tensor(theirs, whole.clone())
-        mine = ours.reduce_scatter(whole)
-    return (mine.double() - theirs.double()).abs().max().item()
-
-
 def rank_main(out: Path, sizes: list[int]) -> None:
-    """What torchrun starts on each rank: rank 0 appends the rows to the file as they come."""
+    """What torchrun starts on each rank: chapter 5b's timer; rank 0 appends the rows to the file as they come."""
     import torch
     import torch.distributed as dist
+
+    from ..collectives import measure_ours
 
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else None
     if device:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device else "gloo", device_id=device)
-    about = provenance(command_line("nbs_lib.course.measure_node"))
-    for row in collective_rows(sizes):
+    for row in measure_ours(sizes, OPS):
         if dist.get_rank() == 0:
-            measure.append(out, {**row, **about})
+            measure.append(out, row | {"command": command_line("nbs_lib.course.measure_node")})
     dist.destroy_process_group()
 
 
@@ -211,13 +167,23 @@ def run(out: Path, gpus: int, minutes: float, rehearse: bool, say: Callable[[str
     say("strategies, through nbs measure")
     measure.suite(out/"suite.json", out/"rows.jsonl", cpu=rehearse, limit_seconds=seconds, say=lambda line: say("  " + line), limit=min(120.0, seconds))
     for part, strong in (("scaling", False), ("strong", True)):
-        file, seconds = out/("scaling_strong.json" if strong else "scaling.json"), budget(part)
-        if file.exists():
+        file, seconds, ranks = out/("scaling_strong.json" if strong else "scaling.json"), budget(part), [1, *worlds(gpus)]
+        if file.exists() and {r["ranks"] for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}.issuperset(ranks):
             continue
         say(f"{'strong' if strong else 'weak'} scaling")
-        ranks = [1, *worlds(gpus)]
         started(["-m", "nbs_lib.course.scaling", "--out", str(file), "--ranks", *map(str, ranks), "--steps", "2" if rehearse else "8", "--rounds", "1" if rehearse else "2",
-                 *["--strong"]*strong, *["--dry-run", "--ways", "single", "ddp", "torch ddp", "zero3"]*rehearse], seconds, rehearse, say)
+                 "--seconds", str(seconds), *["--strong"]*strong, *["--dry-run", "--ways", "single", "ddp", "torch ddp", "zero3"]*rehearse], seconds + GRACE, rehearse, say)
+
+
+def scaling_rows(file: Path) -> list[dict[str, Any]]:
+    """What nbs_lib.course.scaling has measured so far: its file's rows, and those of a number of ranks that it had begun when it was ended (scaling.N.json)."""
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    for part in sorted(file.parent.glob(f"{file.stem}.[0-9]*.json")):
+        try:
+            rows += json.loads(part.read_text(encoding="utf-8"))
+        except ValueError:  # it was ended while it wrote
+            continue
+    return rows
 
 
 def compared(out: Path) -> list[str]:
@@ -234,9 +200,8 @@ def compared(out: Path) -> list[str]:
         lines.append(f"{measure.words(r['kind'], r['settings'])}: {measure.outcome(r, None)}")
     from .scaling import summary
     for name, strong in (("scaling", False), ("scaling_strong", True)):
-        if (out/f"{name}.json").exists():
-            rows = json.loads((out/f"{name}.json").read_text(encoding="utf-8"))["rows"]
-            shares = {(s["model"], s["way"], s["gpus"]): s["share"] for s in told["scaling"] if s["strong"] == strong}
+        if rows := scaling_rows(out/f"{name}.json"):
+            shares = {(p["model"], p["way"], p["gpus"]): p["share"] for p in told["scaling"] if p["strong"] == strong}
             lines.append("strong scaling:" if strong else "weak scaling:")
             for r, line in zip(rows, summary(rows)):
                 share = shares.get((r["model"], r["way"], r["ranks"]))

@@ -3,8 +3,8 @@
     python3 -m nbs_lib.course.scaling --out scaling.json [--ranks 1 2 4] [--models 124m 1.3b] [--ways ddp "torch ddp"] [--steps 20] [--strong] [--seconds 120] [--dry-run]
 
 Each way is built anew in each round, and the rounds alternate, so that what drifts (clocks, neighbours) meets all ways alike. A way that fails is a row with its
-error. After the timings one step of each is profiled, for the pictures of compute and communication. --seconds: no way is begun after that, and what was measured
-stays. Without GPUs: --dry-run, tiny and on gloo.
+error. After all timings one step of each is profiled, for the pictures of compute and communication (not between them: on the H100s, steps near the host's limit took
+up to a third longer after a profile). --seconds: no way is begun after that, and what was measured stays. Without GPUs: --dry-run, tiny and on gloo.
 """
 from __future__ import annotations
 
@@ -132,23 +132,34 @@ def profiled(step: Callable[[], Any]) -> list[list]:
     return [[lane, round((start - began)/1e6, 7), round(took/1e6, 7), name] for lane, start, took, name in spans]
 
 
-def run_way(way: str, name: str, device: Any, batch: int, steps: int, profile: bool) -> dict:
-    """Build, warm up, measure; what was seen on this rank."""
+def run_way(way: str, name: str, device: Any, batch: int, steps: int) -> dict:
+    """Build, warm up, measure; what was seen on this rank. steps 0: one step is profiled instead, {"spans": …}, which is nothing without a GPU."""
     import torch
 
     gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
     step = stepper(way, name, device, batch)
     losses = [step() for _ in range(WARM_UP)]
+    if not steps:
+        return {"spans": profiled(step)} if gpu else {}
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     seen = {"seconds": clocked(step, steps, device), "losses": [float(x) for x in losses]}
     if gpu:
         seen |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        if profile:
-            seen["spans"] = profiled(step)
     return seen
+
+
+def order(a: argparse.Namespace, ranks: int) -> list[tuple[str, str, int]]:
+    """What is run on so many ranks, one after the other: (model, way, steps); every second round backwards, and profiles (0 steps) at the end."""
+    mine = [way for way in ways(ranks) if way in a.ways]
+    models = [name for name in a.models if batch_of(name, ranks, a.strong)]
+    timed = [(name, way, a.steps) for name in models for r in range(a.rounds) for way in (mine[::-1] if r % 2 else mine)]
+    return timed + [(name, way, 0) for name in models for way in mine]
+
+
+def batch_of(name: str, ranks: int, strong: bool) -> int:
+    """Sequences of a rank; 0 where there are fewer than ranks."""
+    return MODELS[name][1]//(ranks if strong else 1)
 
 
 def worker(a: argparse.Namespace) -> None:
@@ -164,31 +175,25 @@ def worker(a: argparse.Namespace) -> None:
     dist.init_process_group("gloo" if a.dry_run else "nccl", device_id=None if a.dry_run else device)
     rows: dict[tuple, dict] = {}
     over = False
-    for name in a.models:
-        batch = MODELS[name][1]//(ranks if a.strong else 1)
-        if not batch:
-            continue  # fewer sequences than ranks
-        for round_ in range(a.rounds):
-            order = [way for way in ways(ranks) if way in a.ways]
-            order = order if round_ % 2 == 0 else order[::-1]
-            for way in order:
-                gc.collect()
-                if not a.dry_run:
-                    torch.cuda.empty_cache()
-                late = torch.tensor(float(time.monotonic() - began > a.seconds), device=device)
-                dist.broadcast(late, 0)  # one rank's clock decides, or ranks would wait for each other; a barrier, too
-                if over := over or bool(late.item()):
-                    break
-                try:
-                    seen = run_way(way, name, device, batch, a.steps, round_ == a.rounds - 1)
-                except Exception as e:  # all ranks meet the same error, or the group breaks and the launcher ends it
-                    seen = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}"}
-                every: list = [None]*ranks
-                dist.all_gather_object(every, seen)
-                gather(rows.setdefault((name, way), {"model": name, "way": way, "ranks": ranks, "batch": batch}), every)
-                if rank == 0:
-                    Path(a.out).write_text(json.dumps(list(rows.values())))
-                    print(name, way, ranks, [round(statistics.median(s["seconds"])*1000, 2) if "seconds" in s else s["error"] for s in every], flush=True)
+    for name, way, steps in order(a, ranks):
+        gc.collect()
+        if not a.dry_run:
+            torch.cuda.empty_cache()
+        late = torch.tensor(float(time.monotonic() - began > a.seconds), device=device)
+        dist.broadcast(late, 0)  # one rank's clock decides, or ranks would wait for each other; a barrier, too
+        if over := bool(late.item()):
+            break
+        batch = batch_of(name, ranks, a.strong)
+        try:
+            seen = run_way(way, name, device, batch, steps)
+        except Exception as e:  # all ranks meet the same error, or the group breaks and the launcher ends it
+            seen = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}"}
+        every: list = [None]*ranks
+        dist.all_gather_object(every, seen)
+        gather(rows.setdefault((name, way), {"model": name, "way": way, "ranks": ranks, "batch": batch}), every)
+        if rank == 0:
+            Path(a.out).write_text(json.dumps(list(rows.values())))
+            print(name, way, ranks, [round(statistics.median(s["seconds"])*1000, 2) if "seconds" in s else s.get("error", "profiled") for s in every], flush=True)
     if over and rank == 0:
         print(f"{a.seconds:.0f} s are over; what was measured until then is kept", flush=True)
     gc.collect()  # a DDP module that is still there keeps gloo's threads running: at exit one of them can meet an interpreter that is gone, and abort
@@ -200,8 +205,9 @@ def gather(row: dict, every: list[dict]) -> None:
     if errors := [s["error"] for s in every if "error" in s]:
         row["error"] = errors[0]
         return
-    row.setdefault("rounds", []).append([max(times) for times in zip(*(s["seconds"] for s in every))])
-    row["losses"] = [sum(x)/len(x) for x in zip(*(s["losses"] for s in every))]
+    if "seconds" in every[0]:
+        row.setdefault("rounds", []).append([max(times) for times in zip(*(s["seconds"] for s in every))])
+        row["losses"] = [sum(x)/len(x) for x in zip(*(s["losses"] for s in every))]
     for k in ("peak", "reserved", "spans"):
         if k in every[0]:
             row[k] = every[0][k]
