@@ -342,4 +342,5 @@ def test_stored_rows_of_two_gpus():
         slower = [ours/theirs for _, ours, theirs in found]
         assert min(slower[:5]) > 3 and slower[-1] < 1.2 and slower[5:] == sorted(slower[5:], reverse=True)
         own = c.measured_link(op, [[n, ours] for n, ours, _ in found], 2)
-        assert all(abs(c.collective_seconds(op, n, 2, *own)/ours - 1) < 0.5 for n, ours, _ in found)
+        off = sorted(abs(c.collective_seconds(op, n, 2, *own)/ours - 1) for n, ours, _ in found)
+        assert off[5] < 0.07 and off[-2] < 0.14 and off[-1] < 0.31     # the worst is 64 MiB, between the two regimes

@@ -28,12 +28,17 @@ def parameters() -> int:
     return sum(spmd.parameter_count(ONE))
 
 
+def _facts(program: Any) -> dict[str, Any]:
+    """Of a compiled program: {"sent": bytes a device sends, "kinds": {operation: arrays}, "flops": of a device}."""
+    found = spmd.collectives(program.as_text())
+    return {"sent": spmd.sent(found), "kinds": {op: n for op, (n, *_) in spmd.by_kind(found).items()}, "flops": program.cost_analysis()["flops"]}
+
+
 def _step_facts(layout: str, placed: bool) -> dict[str, Any]:
-    """Where there are eight devices: {"sent": bytes a device sends, "kinds": {operation: arrays}, "flops": of a device, "alone": of one that does all}."""
+    """Where there are eight devices: _facts of the small Llama's step."""
     case, mesh = spmd.as_jax(*spmd.small_case(ONE)), spmd.mesh_for(layout)
     step, _ = spmd.program(layout, mesh, *case, ONE, rows=None if placed else NamedSharding(mesh, P()))
-    found = spmd.collectives(step.as_text())
-    return {"sent": spmd.sent(found), "kinds": {op: n for op, (n, *_) in spmd.by_kind(found).items()}, "flops": step.cost_analysis()["flops"]}
+    return _facts(step)
 
 
 @cache
@@ -69,16 +74,14 @@ def _alone() -> tuple:
 
 
 def _block_facts(specs: dict[str, tuple]) -> dict[str, Any]:
-    """Where there are eight devices: of block_step, laid out so: bytes a device holds and sends, its operations, arrays by collective, those of the forward pass as (operation, numbers, devices), and whether results are as on one device."""
+    """Where there are eight devices: of block_step, laid out so: _facts, bytes of parameters that a device holds, the collectives of the forward pass as (operation, numbers, devices), and whether results are as on one device."""
     mesh, (p, x, wanted) = Mesh(np.array(jax.devices()).reshape(*AXES.values()), tuple(AXES)), _alone()
     where = {name: NamedSharding(mesh, P(*specs[name])) for name in p}
     step = jax.jit(block_step, out_shardings=(NamedSharding(mesh, P()), where))
     args = jax.device_put(p, where), jax.device_put(x, NamedSharding(mesh, P(*specs["x"])))
     program = step.lower(*args).compile(compiler_options=quick())
-    found = spmd.collectives(program.as_text())
-    ahead = [(c.op, sum(math.prod(shape) for _, shape in c.arrays), c.group) for c in found if not c.backward]
-    return {"held": spmd.held(args[0]), "sent": spmd.sent(found), "flops": program.cost_analysis()["flops"], "kinds": {op: n for op, (n, *_) in spmd.by_kind(found).items()}, "ahead": ahead,
-            "right": spmd.apart(program(*args), wanted) < spmd.tolerance(ONE, math.prod(SHAPES["x"][:2]))}
+    ahead = [(c.op, sum(math.prod(shape) for _, shape in c.arrays), c.group) for c in spmd.collectives(program.as_text()) if not c.backward]
+    return {**_facts(program), "held": spmd.held(args[0]), "ahead": ahead, "right": spmd.apart(program(*args), wanted) < spmd.tolerance(ONE, math.prod(SHAPES["x"][:2]))}
 
 
 @cache
